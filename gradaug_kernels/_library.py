@@ -1,0 +1,132 @@
+"""How an operator reaches a kernel: the whole dispatch story.
+
+`define` declares an operator with its plain-PyTorch reference, which serves every device from the first day.
+`differentiable` attaches the autograd formula. A C++ kernel takes over its device when the native library that
+registers it is imported (csrc/*/<op>, last lines); `use_kernel` does the same for a Python (Triton) launcher.
+"""
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+_LIBRARY = torch.library.Library("gradaug", "DEF")
+_BACKENDS: dict[
+    str, dict[str, str]
+] = {}  # operator -> {"cpu": "cpp", "cuda": "reference"}; backward operators included
+_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+
+
+def define(schema: str, reference: Callable, fake: Callable, composite: bool = False) -> torch._ops.OpOverload:
+    """Declare an operator: its schema, its specification in plain PyTorch, and its output shapes.
+
+    A composite operator only calls other operators of ours; it needs no kernel and is not listed in `backends`.
+    """
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    if not composite:
+        native = {device: _has_kernel(name, key) for device, key in _KEYS.items()}
+        _BACKENDS[name] = {device: "cpp" if native[device] else "reference" for device in _KEYS}
+    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gradaug::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.gradaug, name).default
+
+
+def differentiable(op: torch._ops.OpOverload, setup_context: Callable, backward: Callable) -> None:
+    """Attach the autograd formula of an operator."""
+    torch.library.register_autograd(f"gradaug::{_name(op)}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def differentiable_once(*ops: torch._ops.OpOverload) -> None:
+    """Make backward operators refuse to be differentiated, instead of returning silently wrong second derivatives."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(
+            "gradaug_kernels operators are differentiable once; a second derivative was asked for (create_graph=True)"
+        )
+
+    for op in ops:
+        differentiable(op, lambda ctx, inputs, output: None, refuse)
+
+
+def autocast_rule(op: torch._ops.OpOverload) -> Callable:
+    """Decorate `rule(dtype, *args)`, which casts an operator's arguments inside torch.autocast."""
+
+    def register(rule):
+        for device, key in _KEYS.items():
+            excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{key}"))
+
+            def kernel(*args, _device=device, _excluded=excluded):
+                args = rule(torch.get_autocast_dtype(_device), *args)
+                with torch._C._ExcludeDispatchKeyGuard(_excluded):
+                    return op(*args)
+
+            _LIBRARY.impl(_name(op), kernel, f"Autocast{key}")
+        return rule
+
+    return register
+
+
+def use_kernel(op: torch._ops.OpOverload, kernel: Callable, device: str, backend: str) -> None:
+    """Let `kernel`, which has the reference's signature, serve `op` on `device` ("cpu" or "cuda").
+
+    Raises:
+        RuntimeError: if another backend already serves it. torch would silently let the last registration win.
+    """
+    name = _name(op)
+    if _BACKENDS[name][device] != "reference":
+        raise RuntimeError(
+            f"{name} on {device} must have one kernel, got {backend!r} after {_BACKENDS[name][device]!r}"
+        )
+    _LIBRARY.impl(name, kernel, _KEYS[device])
+    _BACKENDS[name][device] = backend
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """Which backend serves each operator on each device: {"slim_conv2d": {"cpu": "cpp", "cuda": "triton"}, ...}."""
+    return {name: dict(served) for name, served in _BACKENDS.items()}
+
+
+def build_config() -> dict:
+    """What setup.py decided and printed: torch and CUDA versions, flags, targets. Empty where nothing was built."""
+    path = Path(__file__).with_name("_build.json")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def load_native() -> None:
+    """Import the native libraries that were built. Called once, before the first operator is defined.
+
+    Raises:
+        ImportError: if they were built against another torch than the one imported.
+    """
+    config = build_config()
+    if not config.get("cpu"):
+        return
+    built, found = (".".join(version.split(".")[:2]) for version in (config["torch"], torch.__version__))
+    if built != found:
+        raise ImportError(
+            f"gradaug_kernels was built against torch {config['torch']}, but torch {torch.__version__} is imported; "
+            "run `pip install --no-build-isolation --no-deps --force-reinstall .` in its source folder"
+        )
+    # A CUDA library needs libtorch_cuda, which a CPU build of the same torch release does not have.
+    for name in ("_cpu", "_cuda") if config["cuda"] and torch.version.cuda else ("_cpu",):
+        try:
+            importlib.import_module(f"gradaug_kernels.{name}")
+        except ImportError as error:
+            raise ImportError(
+                f"gradaug_kernels{name} was built for torch {config['torch']} but cannot be loaded ({error}); "
+                "run `pip install .` again in the folder of gradaug_kernels' sources"
+            ) from error
+
+
+def _name(op: torch._ops.OpOverload) -> str:
+    return op._schema.name.removeprefix("gradaug::")
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"gradaug::{name}", key)
+
+
+load_native()

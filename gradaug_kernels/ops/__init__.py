@@ -1,0 +1,7 @@
+"""The differentiable operators, on tensors. Each file is one operator; see _library.py for how it finds a kernel."""
+
+from .slim_batch_norm import slim_batch_norm
+from .slim_conv2d import slim_conv2d
+from .slim_linear import slim_linear
+
+__all__ = ["slim_batch_norm", "slim_conv2d", "slim_linear"]

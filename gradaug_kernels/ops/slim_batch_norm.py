@@ -1,0 +1,224 @@
+"""Batch norm over the first channels of full-width affine parameters, with residual add and ReLU fused.
+
+    x_hat = (x - mean) * rstd,  rstd = 1 / sqrt(var + eps)
+    y     = relu?(x_hat * weight[:C] + bias[:C] + residual?)
+
+mean and var are those of the batch (var biased), or the given ones: the operator stores nothing, and the layer decides
+whose running statistics, if anyone's, a batch updates. Ioffe & Szegedy, 2015; the backward is their section 3 with
+dz = dy * (y > 0):
+
+    dx = rstd * weight * (dz - sum(dz) / M - x_hat * sum(dz * x_hat) / M)      batch statistics, M = N * H * W
+    dx = rstd * weight * dz                                                    given statistics
+
+    x, residual, y   [N, C, H, W]      any strides; y has the memory format of x
+    weight, bias     [F] or None       F >= C: the full width; float32, or the dtype of x
+    mean, var        [C]               float32; float64 where x is; not differentiable
+
+var is returned rather than rstd because running statistics need it, and rstd would lose it where var << eps.
+"""
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from .._library import define, differentiable, differentiable_once
+
+
+def _stats_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _per_channel(v: Tensor) -> Tensor:
+    return v[:, None, None]  # [C] -> [C, 1, 1]
+
+
+def check_slim_batch_norm(x, weight, bias, mean, var, residual, relu, eps) -> None:
+    """The contract of the arguments, for the operator and for its fake alike.
+
+    Raises:
+        ValueError: for shapes that do not fit. TypeError: for dtypes that are not floating or that differ.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"x must be [N, C, H, W], got {x.dim()} dimensions")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}; scale integer images to floats first")
+    channels = x.shape[1]
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dim() != 1 or tensor.shape[0] < channels:
+            raise ValueError(f"{name} must have at least {channels} elements, got shape {tuple(tensor.shape)}")
+        if tensor.dtype not in (x.dtype, _stats_dtype(x)):
+            raise TypeError(f"{name} must be {_stats_dtype(x)} or the dtype of x, got {tensor.dtype}")
+    if (mean is None) != (var is None):
+        raise ValueError(f"mean and var must be given together, got only {'var' if mean is None else 'mean'}")
+    for name, tensor in (("mean", mean), ("var", var)):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != (channels,):
+            raise ValueError(f"{name} must have {channels} elements, got shape {tuple(tensor.shape)}")
+        if tensor.dtype != _stats_dtype(x):
+            raise TypeError(f"{name} must be {_stats_dtype(x)}, got {tensor.dtype}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"residual must have the shape and dtype of x, {tuple(x.shape)} {x.dtype}, "
+            f"got {tuple(residual.shape)} {residual.dtype}"
+        )
+    if eps < 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
+
+
+# ---- forward: schema, reference, fake
+
+
+def slim_batch_norm_reference(x, weight, bias, mean, var, residual, relu, eps):
+    dtype = _stats_dtype(x)
+    z = x.to(dtype)
+    if mean is None:
+        # An empty batch has no statistics: zeros, so that nothing downstream turns into NaN.
+        mean = z.mean((0, 2, 3)) if x.numel() else z.new_zeros(x.shape[1])
+        var = z.var((0, 2, 3), correction=0) if x.numel() else z.new_zeros(x.shape[1])
+    else:
+        mean, var = mean.clone(), var.clone()
+    z = (z - _per_channel(mean)) * _per_channel(torch.rsqrt(var + eps))
+    if weight is not None:
+        z = z * _per_channel(weight[: x.shape[1]].to(dtype))
+    if bias is not None:
+        z = z + _per_channel(bias[: x.shape[1]].to(dtype))
+    if residual is not None:
+        z = z + residual.to(dtype)
+    y = z.relu() if relu else z
+    return y.to(x.dtype).contiguous(memory_format=suggest_memory_format(x)), mean, var
+
+
+def _fake(x, weight, bias, mean, var, residual, relu, eps):
+    check_slim_batch_norm(x, weight, bias, mean, var, residual, relu, eps)
+    stats = x.new_empty(x.shape[1], dtype=_stats_dtype(x))
+    y = x.new_empty(x.shape).contiguous(memory_format=suggest_memory_format(x))
+    return y, stats, torch.empty_like(stats)
+
+
+_slim_batch_norm = define(
+    "slim_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? residual, "
+    "bool relu, float eps) -> (Tensor y, Tensor mean, Tensor var)",
+    slim_batch_norm_reference,
+    _fake,
+)
+
+
+# ---- backward: y is given where there was a ReLU, so that dz = dy * (y > 0).
+# dz is the residual's gradient; without a ReLU it would be dy itself, so it is computed only with one.
+
+
+def slim_batch_norm_backward_reference(dy, x, y, weight, bias, mean, var, batch_stats, needs_dz, eps):
+    dtype, channels = mean.dtype, x.shape[1]
+    dz = dy.to(dtype)
+    if y is not None:
+        dz = dz * (y > 0)
+    rstd = torch.rsqrt(var + eps)  # [C]
+    x_hat = (x.to(dtype) - _per_channel(mean)) * _per_channel(rstd)
+    sum_dz = dz.sum((0, 2, 3))  # [C]
+    sum_dz_x_hat = (dz * x_hat).sum((0, 2, 3))  # [C]
+    scale = rstd if weight is None else rstd * weight[:channels].to(dtype)
+    dx = dz
+    if batch_stats and x.numel() > 0:
+        m = x.numel() // channels
+        dx = dz - _per_channel(sum_dz / m) - x_hat * _per_channel(sum_dz_x_hat / m)
+    dx = (dx * _per_channel(scale)).to(x.dtype).contiguous(memory_format=suggest_memory_format(x))
+    dweight, dbias = (_full_width(s, p) for s, p in ((sum_dz_x_hat, weight), (sum_dz, bias)))
+    dz = dz.to(x.dtype).contiguous(memory_format=suggest_memory_format(x)) if needs_dz else x.new_empty(0)
+    return dx, dz, dweight, dbias
+
+
+def _full_width(grad: Tensor, parameter: Tensor | None) -> Tensor:
+    """The gradient of a full-width parameter from that of its first channels; empty for no parameter."""
+    if parameter is None:
+        return grad.new_empty(0)
+    full = torch.zeros_like(parameter)
+    full[: grad.shape[0]] = grad
+    return full
+
+
+def _backward_fake(dy, x, y, weight, bias, mean, var, batch_stats, needs_dz, eps):
+    dx = x.new_empty(x.shape).contiguous(memory_format=suggest_memory_format(x))
+    dz = torch.empty_like(dx) if needs_dz else x.new_empty(0)
+    dweight, dbias = (mean.new_empty(0) if p is None else torch.empty_like(p) for p in (weight, bias))
+    return dx, dz, dweight, dbias
+
+
+_slim_batch_norm_backward = define(
+    "slim_batch_norm_backward(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
+    "bool batch_stats, bool needs_dz, float eps) -> (Tensor dx, Tensor dz, Tensor dweight, Tensor dbias)",
+    slim_batch_norm_backward_reference,
+    _backward_fake,
+)
+
+
+# ---- autograd
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, given_mean, _, residual, relu, eps = inputs
+    y, mean, var = output
+    ctx.mark_non_differentiable(mean, var)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, y if relu else None, weight, bias, mean, var)
+    ctx.batch_stats, ctx.eps = given_mean is None, eps
+    ctx.has_residual = residual is not None
+
+
+def _backward(ctx, dy, _dmean, _dvar):
+    if dy is None:
+        return (None,) * 8
+    x, y, weight, bias, mean, var = ctx.saved_tensors
+    needs_dresidual = ctx.has_residual and ctx.needs_input_grad[5]
+    dx, dz, dweight, dbias = _slim_batch_norm_backward(
+        dy, x, y, weight, bias, mean, var, ctx.batch_stats, needs_dresidual and y is not None, ctx.eps
+    )
+    dresidual = (dy if y is None else dz) if needs_dresidual else None
+    return (
+        dx if ctx.needs_input_grad[0] else None,
+        None if weight is None else dweight,
+        None if bias is None else dbias,
+        None,
+        None,
+        dresidual,
+        None,
+        None,
+    )
+
+
+differentiable(_slim_batch_norm, _setup_context, _backward)
+differentiable_once(_slim_batch_norm_backward)
+
+
+# ---- public function
+
+
+def slim_batch_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch norm with `weight[:C]` and `bias[:C]`, then an optional residual add, then an optional ReLU.
+
+    Args:
+        x: [N, C, H, W], floating point, any strides.
+        weight, bias: [F], F >= C, float32 or dtype of x; None is 1 and 0.
+        mean, var: [C], float32 (float64 for float64 x): statistics to normalise with; None takes the batch's.
+        residual: [N, C, H, W], dtype of x, added before the ReLU.
+        eps: added to the variance.
+
+    Returns:
+        y [N, C, H, W] in dtype and memory format of x, and the mean and biased variance [C] that were used.
+
+    Raises:
+        ValueError, TypeError: as `check_slim_batch_norm`, when shapes or dtypes do not fit.
+    """
+    check_slim_batch_norm(x, weight, bias, mean, var, residual, relu, eps)
+    return _slim_batch_norm(x, weight, bias, mean, var, residual, relu, eps)

@@ -1,0 +1,228 @@
+"""Convolution with the first channels of a full-width weight, read in place.
+
+    y = conv2d(x, weight[:out_channels, :C / groups], bias[:out_channels], stride, padding, dilation, groups)
+
+where C is the number of channels of x. It is the layer of slimmable networks (Yu et al., ICLR 2019, section 3) that
+GradAug samples its sub-networks from.
+
+    x        [N, C, H, W]          any strides; NHWC (channels_last) is the layout the kernels are fast in
+    weight   [O, I / G, KH, KW]    the full width; OHWI (channels_last) is the fast layout
+    bias     [O] or None
+    y        [N, out_channels, OH, OW], NHWC if x or weight is (torch's own rule), else NCHW
+
+float32, float64, bfloat16 and float16; x, weight and bias share one dtype; sums are at least float32.
+The gradient of weight has the full shape and is zero outside the slice. `slim_conv2d_weight_grad_` adds that slice to
+a buffer of any floating dtype, so that a training step can gather the gradients of many sub-networks in `weight.grad`
+without full-size temporaries.
+"""
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from .._library import autocast_rule, define, differentiable, differentiable_once
+
+
+def _slice(weight: Tensor, out_channels: int, in_channels: int, groups: int) -> Tensor:
+    return weight[:out_channels, : in_channels // groups]  # [out, in / groups, KH, KW]
+
+
+def _output_size(size, kernel, stride, padding, dilation):
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _memory_format(*tensors: Tensor) -> torch.memory_format:
+    """NHWC if one of the tensors is, as torch's convolutions choose."""
+    nhwc = any(suggest_memory_format(tensor) == torch.channels_last for tensor in tensors)
+    return torch.channels_last if nhwc else torch.contiguous_format
+
+
+def check_slim_conv2d(x, weight, bias, out_channels, stride, padding, dilation, groups) -> None:
+    """The contract of the arguments, for the operator and for its fake alike.
+
+    Raises:
+        ValueError: for shapes that do not fit. TypeError: for dtypes that are not floating or that differ.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"x must be [N, C, H, W], got {x.dim()} dimensions")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}; scale integer images to floats first")
+    if weight.dim() != 4:
+        raise ValueError(f"weight must be [O, I / groups, KH, KW], got {weight.dim()} dimensions")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+    in_channels = x.shape[1]
+    if not 0 < out_channels <= weight.shape[0]:
+        raise ValueError(f"out_channels must be in [1, {weight.shape[0]}], got {out_channels}")
+    if groups < 1 or in_channels % groups or out_channels % groups:
+        raise ValueError(f"groups must divide {in_channels} input and {out_channels} output channels, got {groups}")
+    if in_channels < 1 or in_channels // groups > weight.shape[1]:
+        raise ValueError(
+            f"x must have between 1 and {weight.shape[1] * groups} channels "
+            f"({weight.shape[1]} for each of {groups} groups), got {in_channels}"
+        )
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] < out_channels):
+        raise ValueError(f"bias must have at least {out_channels} elements, got shape {tuple(bias.shape)}")
+    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if len(pair) != 2 or min(pair) < least:
+            raise ValueError(f"{name} must be two integers of at least {least}, got {tuple(pair)}")
+    for axis, size in enumerate(x.shape[2:]):
+        window = dilation[axis] * (weight.shape[2 + axis] - 1) + 1
+        if size + 2 * padding[axis] < window:
+            raise ValueError(
+                f"the padded image must be at least as large as the dilated kernel, {window}, "
+                f"got {size + 2 * padding[axis]} along {'height' if axis == 0 else 'width'}"
+            )
+
+
+# ---- forward: schema, reference, fake
+
+
+def slim_conv2d_reference(x, weight, bias, out_channels, stride, padding, dilation, groups):
+    bias = None if bias is None else bias[:out_channels]
+    w = _slice(weight, out_channels, x.shape[1], groups)
+    y = torch.nn.functional.conv2d(x, w, bias, stride, padding, dilation, groups)
+    return y.contiguous(memory_format=_memory_format(x, weight))
+
+
+def _fake(x, weight, bias, out_channels, stride, padding, dilation, groups):
+    check_slim_conv2d(x, weight, bias, out_channels, stride, padding, dilation, groups)
+    size = [_output_size(x.shape[2 + a], weight.shape[2 + a], stride[a], padding[a], dilation[a]) for a in (0, 1)]
+    return x.new_empty(x.shape[0], out_channels, *size).contiguous(memory_format=_memory_format(x, weight))
+
+
+_slim_conv2d = define(
+    "slim_conv2d(Tensor x, Tensor weight, Tensor? bias, SymInt out_channels, "
+    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor",
+    slim_conv2d_reference,
+    _fake,
+)
+
+
+# ---- input gradient
+
+
+def slim_conv2d_input_grad_reference(dy, weight, input_size, stride, padding, dilation, groups):
+    w = _slice(weight, dy.shape[1], input_size[1], groups)
+    if dy.numel() > 0:
+        dx = torch.nn.grad.conv2d_input(input_size, w, dy, stride, padding, dilation, groups)
+    else:
+        dx = dy.new_zeros(input_size)
+    return dx.contiguous(memory_format=_memory_format(dy, weight))
+
+
+def _input_grad_fake(dy, weight, input_size, stride, padding, dilation, groups):
+    return dy.new_empty(input_size).contiguous(memory_format=_memory_format(dy, weight))
+
+
+_slim_conv2d_input_grad = define(
+    "slim_conv2d_input_grad(Tensor dy, Tensor weight, SymInt[4] input_size, "
+    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor",
+    slim_conv2d_input_grad_reference,
+    _input_grad_fake,
+)
+
+
+# ---- weight gradient: added to the slice of a full-size buffer
+
+
+def slim_conv2d_weight_grad__reference(dy, x, dweight, stride, padding, dilation, groups):
+    target = _slice(dweight, dy.shape[1], x.shape[1], groups)  # [out, in / groups, KH, KW]
+    if dy.numel() > 0:
+        target += torch.nn.grad.conv2d_weight(x, target.shape, dy, stride, padding, dilation, groups)
+
+
+def _weight_grad_fake(dy, x, dweight, stride, padding, dilation, groups):
+    return None
+
+
+_slim_conv2d_weight_grad_ = define(
+    "slim_conv2d_weight_grad_(Tensor dy, Tensor x, Tensor(a!) dweight, "
+    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> ()",
+    slim_conv2d_weight_grad__reference,
+    _weight_grad_fake,
+)
+
+
+def slim_conv2d_weight_grad_reference(dy, x, weight, stride, padding, dilation, groups):
+    dweight = torch.zeros_like(weight)
+    _slim_conv2d_weight_grad_(dy, x, dweight, stride, padding, dilation, groups)
+    return dweight
+
+
+_slim_conv2d_weight_grad = define(
+    "slim_conv2d_weight_grad(Tensor dy, Tensor x, Tensor weight, "
+    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor",
+    slim_conv2d_weight_grad_reference,
+    lambda dy, x, weight, stride, padding, dilation, groups: torch.empty_like(weight),
+    composite=True,
+)
+
+
+# ---- autograd
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, _, *ctx.geometry = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.bias_size = None if bias is None else bias.shape[0]
+
+
+def _backward(ctx, dy):
+    x, weight = ctx.saved_tensors
+    dx = dweight = dbias = None
+    if ctx.needs_input_grad[0]:
+        dx = _slim_conv2d_input_grad(dy, weight, x.shape, *ctx.geometry)
+    if ctx.needs_input_grad[1]:
+        dweight = _slim_conv2d_weight_grad(dy, x, weight, *ctx.geometry)
+    if ctx.bias_size is not None and ctx.needs_input_grad[2]:
+        dbias = dy.new_zeros(ctx.bias_size)
+        dbias[: dy.shape[1]] = dy.sum((0, 2, 3))
+    return dx, dweight, dbias, None, None, None, None, None
+
+
+differentiable(_slim_conv2d, _setup_context, _backward)
+differentiable_once(_slim_conv2d_input_grad, _slim_conv2d_weight_grad)
+
+
+@autocast_rule(_slim_conv2d)
+def _autocast(dtype, x, weight, bias, *geometry):
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *geometry
+
+
+# ---- public function
+
+
+def slim_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    out_channels: int | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolution with `weight[:out_channels, :C / groups]`, read in place.
+
+    Args:
+        x: [N, C, H, W], floating point, any strides.
+        weight: [O, I / G, KH, KW], dtype of x: the full-width weight.
+        bias: [O] or None, dtype of x.
+        out_channels: output channels of the sub-network, at most O; None is O.
+        stride, padding, dilation: in pixels, one integer or (vertical, horizontal).
+        groups: groups of the sub-network; divides C and out_channels.
+
+    Returns:
+        [N, out_channels, OH, OW], dtype and memory format of x.
+
+    Raises:
+        ValueError, TypeError: as `check_slim_conv2d`, when shapes or dtypes do not fit.
+    """
+    out_channels = weight.shape[0] if out_channels is None else out_channels
+    geometry = [[v, v] if isinstance(v, int) else list(v) for v in (stride, padding, dilation)]
+    check_slim_conv2d(x, weight, bias, out_channels, *geometry, groups)
+    return _slim_conv2d(x, weight, bias, out_channels, *geometry, groups)

@@ -1,0 +1,158 @@
+"""Linear layer with the first features of a full-width weight, read in place.
+
+    y = x @ weight[:out_features, :F].T + bias[:out_features]
+
+    x        [..., F]            any strides
+    weight   [O, I]              the full width, F <= I
+    bias     [O] or None
+    y        [..., out_features]
+
+A strided GEMM: the leading dimension of the weight operand is the full I. float32, float64, bfloat16 and float16, one
+dtype for all. The gradient of weight has the full shape and is zero outside the slice; `slim_linear_weight_grad_` adds
+that slice to a buffer instead.
+"""
+
+import torch
+from torch import Tensor
+
+from .._library import autocast_rule, define, differentiable, differentiable_once
+
+
+def check_slim_linear(x, weight, bias, out_features) -> None:
+    """The contract of the arguments, for the operator and for its fake alike.
+
+    Raises:
+        ValueError: for shapes that do not fit. TypeError: for dtypes that are not floating or that differ.
+    """
+    if x.dim() < 1 or weight.dim() != 2:
+        raise ValueError(f"x must be [..., F] and weight [O, I], got {x.dim()} and {weight.dim()} dimensions")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+    if not 0 < x.shape[-1] <= weight.shape[1]:
+        raise ValueError(f"x must have between 1 and {weight.shape[1]} features, got {x.shape[-1]}")
+    if not 0 < out_features <= weight.shape[0]:
+        raise ValueError(f"out_features must be in [1, {weight.shape[0]}], got {out_features}")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] < out_features):
+        raise ValueError(f"bias must have at least {out_features} elements, got shape {tuple(bias.shape)}")
+
+
+# ---- forward: schema, reference, fake
+
+
+def slim_linear_reference(x, weight, bias, out_features):
+    weight = weight[:out_features, : x.shape[-1]]  # [out, F]
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias[:out_features])
+
+
+def _fake(x, weight, bias, out_features):
+    check_slim_linear(x, weight, bias, out_features)
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+_slim_linear = define(
+    "slim_linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features) -> Tensor",
+    slim_linear_reference,
+    _fake,
+)
+
+
+# ---- input gradient
+
+
+def slim_linear_input_grad_reference(dy, weight, in_features):
+    return dy @ weight[: dy.shape[-1], :in_features]  # [..., F]
+
+
+_slim_linear_input_grad = define(
+    "slim_linear_input_grad(Tensor dy, Tensor weight, SymInt in_features) -> Tensor",
+    slim_linear_input_grad_reference,
+    lambda dy, weight, in_features: dy.new_empty(*dy.shape[:-1], in_features),
+)
+
+
+# ---- weight gradient: added to the slice of a full-size buffer
+
+
+def slim_linear_weight_grad__reference(dy, x, dweight):
+    dy, x = dy.flatten(0, -2), x.flatten(0, -2)  # [N, out], [N, F]
+    dweight[: dy.shape[1], : x.shape[1]] += dy.T @ x
+
+
+_slim_linear_weight_grad_ = define(
+    "slim_linear_weight_grad_(Tensor dy, Tensor x, Tensor(a!) dweight) -> ()",
+    slim_linear_weight_grad__reference,
+    lambda dy, x, dweight: None,
+)
+
+
+def slim_linear_weight_grad_reference(dy, x, weight):
+    dweight = torch.zeros_like(weight)
+    _slim_linear_weight_grad_(dy, x, dweight)
+    return dweight
+
+
+_slim_linear_weight_grad = define(
+    "slim_linear_weight_grad(Tensor dy, Tensor x, Tensor weight) -> Tensor",
+    slim_linear_weight_grad_reference,
+    lambda dy, x, weight: torch.empty_like(weight),
+    composite=True,
+)
+
+
+# ---- autograd
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, _ = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.bias_size = None if bias is None else bias.shape[0]
+
+
+def _backward(ctx, dy):
+    x, weight = ctx.saved_tensors
+    dx = dweight = dbias = None
+    if ctx.needs_input_grad[0]:
+        dx = _slim_linear_input_grad(dy, weight, x.shape[-1])
+    if ctx.needs_input_grad[1]:
+        dweight = _slim_linear_weight_grad(dy, x, weight)
+    if ctx.bias_size is not None and ctx.needs_input_grad[2]:
+        dbias = dy.new_zeros(ctx.bias_size)
+        dbias[: dy.shape[-1]] = dy.sum(tuple(range(dy.dim() - 1)))
+    return dx, dweight, dbias, None
+
+
+differentiable(_slim_linear, _setup_context, _backward)
+differentiable_once(_slim_linear_input_grad, _slim_linear_weight_grad)
+
+
+@autocast_rule(_slim_linear)
+def _autocast(dtype, x, weight, bias, out_features):
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), out_features
+
+
+# ---- public function
+
+
+def slim_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out_features: int | None = None) -> Tensor:
+    """Linear layer with `weight[:out_features, :F]`, read in place.
+
+    Args:
+        x: [..., F], floating point.
+        weight: [O, I], dtype of x: the full-width weight, F <= I.
+        bias: [O] or None, dtype of x.
+        out_features: output features of the sub-network, at most O; None is O.
+
+    Returns:
+        [..., out_features], dtype of x.
+
+    Raises:
+        ValueError, TypeError: as `check_slim_linear`, when shapes or dtypes do not fit.
+    """
+    out_features = weight.shape[0] if out_features is None else out_features
+    check_slim_linear(x, weight, bias, out_features)
+    return _slim_linear(x, weight, bias, out_features)

@@ -1,0 +1,141 @@
+"""Builds the native kernels: C++ for the CPU always, CUDA C++ where a matching nvcc is found.
+
+    GRADAUG_BUILD_EXT=0     no native code: every operator runs on its PyTorch reference
+    GRADAUG_BUILD_CUDA=0|1  0: skip CUDA even where nvcc is found; 1: fail where it cannot be built
+    TORCH_CUDA_ARCH_LIST    the targets of the CUDA kernels; the default is in CUDA_ARCHS
+    MAX_JOBS                parallel compiler processes
+
+A GPU need not be present. What was decided is printed before anything compiles and kept in
+gradaug_kernels/_build.json, which `gradaug info` shows and which the package checks against the torch it imports.
+"""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+CUDA_ARCHS = "8.0;9.0+PTX"
+
+
+def flag(name: str) -> str | None:
+    value = os.environ.get(name)
+    if value not in (None, "0", "1"):
+        raise SystemExit(f"{name} must be 0 or 1, got {value!r}")
+    return value
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def nvcc_version(cuda_home: str | None) -> str | None:
+    """'13.0' for the nvcc under cuda_home, None where there is none."""
+    nvcc = Path(cuda_home or "/nonexistent", "bin", "nvcc")
+    if not nvcc.exists():
+        return None
+    found = re.search(r"release (\d+\.\d+)", subprocess.check_output([nvcc, "--version"], text=True))
+    return found and found.group(1)
+
+
+def pip_cuda_folders() -> tuple[list[str], list[str]]:
+    """Headers and libraries that torch's own pip dependencies install: cuBLAS, cuSPARSE and cuSOLVER headers
+    are included by torch's CUDA headers and are missing from a minimal toolkit."""
+    import torch
+
+    site = Path(torch.__file__).parent.parent
+    includes = sorted(str(path) for path in site.glob("nvidia/*/include") if path.is_dir())
+    libraries = sorted(str(path) for path in site.glob("nvidia/*/lib") if path.is_dir())
+    return includes, libraries
+
+
+def why_no_cuda() -> str | None:
+    """None if the CUDA extension can be built, otherwise the reason."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if flag("GRADAUG_BUILD_CUDA") == "0":
+        return "GRADAUG_BUILD_CUDA=0"
+    found = nvcc_version(CUDA_HOME)
+    if found is None:
+        return "no nvcc found (set CUDA_HOME if there is one)"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a CPU build"
+    if found.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"nvcc is CUDA {found}, torch {torch.__version__} was built with CUDA {torch.version.cuda}"
+    return None
+
+
+def native_extensions():
+    """The extensions, and the build configuration as a dict."""
+    if flag("GRADAUG_BUILD_EXT") == "0":
+        return [], {"cpu": False, "cuda": False, "why_no_cuda": "GRADAUG_BUILD_EXT=0"}
+
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, CppExtension, CUDAExtension
+
+    cxx = ["-O3", "-std=c++20", "-fopenmp", "-DAT_PARALLEL_OPENMP=1"]
+    extensions = [
+        CppExtension(
+            "gradaug_kernels._cpu",
+            sources("csrc/module.cpp", "csrc/cpu/*.cpp"),
+            include_dirs=[str(ROOT / "csrc")],
+            extra_compile_args={"cxx": cxx},
+            extra_link_args=["-fopenmp"],
+        )
+    ]
+    config = {"cpu": True, "torch": torch.__version__, "cxx_flags": " ".join(cxx)}
+
+    reason = why_no_cuda()
+    if reason and flag("GRADAUG_BUILD_CUDA") == "1":
+        raise SystemExit(f"GRADAUG_BUILD_CUDA=1 asks for the CUDA extension, but {reason}")
+    if reason is None:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
+        includes, libraries = pip_cuda_folders()
+        nvcc = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo"]
+        extensions.append(
+            CUDAExtension(
+                "gradaug_kernels._cuda",
+                sources("csrc/module.cpp", "csrc/cuda/*.cu"),
+                include_dirs=[str(ROOT / "csrc"), *includes],
+                library_dirs=libraries,
+                extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+            )
+        )
+        config |= {
+            "cuda": nvcc_version(CUDA_HOME),
+            "cuda_archs": os.environ["TORCH_CUDA_ARCH_LIST"],
+            "nvcc_flags": " ".join(nvcc),
+        }
+    else:
+        config |= {"cuda": False, "why_no_cuda": reason}
+    return extensions, config
+
+
+def main():
+    extensions, config = native_extensions()
+    print("gradaug_kernels build configuration")
+    for key, value in config.items():
+        print(f"  {key:12} {value}", flush=True)
+    (ROOT / "gradaug_kernels" / "_build.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    commands = {}
+    if extensions:
+        from torch.utils.cpp_extension import BuildExtension
+
+        class BuildAlsoInPlace(BuildExtension):
+            """`python -m pytest` in a clone imports the clone, not site-packages: it needs the libraries too."""
+
+            def run(self):
+                super().run()
+                if not self.inplace:
+                    self.copy_extensions_to_source()
+
+        commands["build_ext"] = BuildAlsoInPlace
+    setup(ext_modules=extensions, cmdclass=commands)
+
+
+main()
