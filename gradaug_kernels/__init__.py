@@ -1,7 +1,33 @@
-"""Kernels that read and write a sub-network's channels in place, and GradAug training on top of them."""
+"""Kernels that read and write a sub-network's channels in place, and GradAug training on top of them.
 
+>>> model = gradaug_kernels.convert(torchvision.models.resnet50())
+>>> step = gradaug_kernels.GradAug(model, optimizer, num_subnets=3, min_width=0.9, resolutions=(224, 192, 160, 128))
+>>> losses = step(images, targets)
+"""
+
+from .convert import convert
+from .gradaug import GradAug, StepLosses, SubnetDraw, kl_divergence
+from .nn import FastSlimConv2d, SlimBatchNorm2d, SlimLinear
 from .ops import slim_batch_norm, slim_conv2d, slim_linear
+from .subnet import calibrate
+from .width import round_channels, set_width, use_width
 
 __version__ = "0.1.0"
 
-__all__ = ["slim_batch_norm", "slim_conv2d", "slim_linear"]
+__all__ = [
+    "FastSlimConv2d",
+    "GradAug",
+    "SlimBatchNorm2d",
+    "SlimLinear",
+    "StepLosses",
+    "SubnetDraw",
+    "calibrate",
+    "convert",
+    "kl_divergence",
+    "round_channels",
+    "set_width",
+    "slim_batch_norm",
+    "slim_conv2d",
+    "slim_linear",
+    "use_width",
+]

@@ -1,0 +1,172 @@
+"""Convert a CNN to adjustable width: its layers are swapped in place, its parameters are kept."""
+
+import math
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import fx, nn
+
+from .nn import FastSlimConv2d, SlimBatchNorm2d, SlimLinear
+
+_SLIM = {nn.Conv2d: FastSlimConv2d, nn.Linear: SlimLinear, nn.BatchNorm2d: SlimBatchNorm2d}
+# Layers that fix a number of channels and have no sliced counterpart.
+_UNSUPPORTED = (
+    *(nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear),
+    *(nn.BatchNorm1d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d),
+    *(nn.MultiheadAttention, nn.RNNBase, nn.PReLU),
+)
+# Calls that place channels side by side or apart: the first channels of the result are not those of each operand.
+_REARRANGING = (torch.cat, torch.concat, torch.stack, torch.split, torch.chunk, torch.unbind)
+_REARRANGING_METHODS = ("split", "chunk", "unbind")
+
+
+def convert(model: nn.Module, widths: Sequence[float] = (1.0,), divisor: int = 1) -> nn.Module:
+    """Make a CNN's convolutions, linear layers and batch norms adjustable in width.
+
+    nn.Conv2d becomes FastSlimConv2d, nn.Linear SlimLinear and nn.BatchNorm2d SlimBatchNorm2d. The parameters and
+    buffers are the same objects, so an optimizer made before stays valid; convolution weights become channels_last.
+    At width 1 the model computes what it did before and has the same state_dict (and private statistics for the other
+    `widths`). Layers whose output leaves the network keep all their outputs at every width.
+
+    The model is traced with torch.fx, which is how classifiers are found and how the layers that feed a grouped
+    convolution learn its group size (they keep a multiple of it). A model that cannot be traced is converted with its
+    last convolution or linear layer as the classifier.
+
+    Args:
+        model: such as torchvision's ResNet, Wide-ResNet, ResNeXt or MobileNet. Changed in place.
+        widths: the widths with private batch-norm statistics, each in (0, 1].
+        divisor: layers keep a multiple of this many channels; 1 as published, 8 suits tensor cores.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: for a model without a convolution or linear layer, one with a layer that has no sliced
+            counterpart, or one that concatenates or splits channels.
+    """
+    layers = {name: module for name, module in model.named_modules() if type(module) in _SLIM}
+    for name, module in model.named_modules():
+        if isinstance(module, _UNSUPPORTED):
+            raise ValueError(
+                "convert needs a network of nn.Conv2d, nn.Linear and nn.BatchNorm2d layers, "
+                f"got {type(module).__name__} at '{name}'"
+            )
+    mixing = [name for name, module in layers.items() if not isinstance(module, nn.BatchNorm2d)]
+    if not mixing:
+        raise ValueError(f"convert needs a network with nn.Conv2d or nn.Linear layers, got {type(model).__name__}")
+
+    graph = _trace(model)
+    if graph is None:
+        classifiers, divisors = {mixing[-1]}, {}
+    else:
+        classifiers, divisors = _classifiers(graph, layers), _divisors(graph, layers)
+    for name, module in layers.items():
+        if isinstance(module, nn.BatchNorm2d):
+            slim = _batch_norm(module, widths)
+        else:
+            slim = _mixing_layer(module, math.lcm(divisor, divisors.get(name, 1)), name not in classifiers)
+        slim.train(module.training)
+        parent, _, child = name.rpartition(".")
+        if name == "":
+            return slim
+        setattr(model.get_submodule(parent), child, slim)
+    return model
+
+
+def _mixing_layer(module: nn.Conv2d | nn.Linear, divisor: int, slim_out: bool) -> nn.Module:
+    options = {"divisor": divisor, "slim_out": slim_out, "device": "meta", "bias": module.bias is not None}
+    if isinstance(module, nn.Linear):
+        slim = SlimLinear(module.in_features, module.out_features, **options)
+    else:
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+        slim = FastSlimConv2d(*(getattr(module, n) for n in names), padding_mode=module.padding_mode, **options)
+        module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+    slim.weight, slim.bias = module.weight, module.bias
+    return slim
+
+
+def _batch_norm(module: nn.BatchNorm2d, widths: Sequence[float]) -> SlimBatchNorm2d:
+    names = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+    slim = SlimBatchNorm2d(*(getattr(module, n) for n in names), device="meta")
+    slim.weight, slim.bias = module.weight, module.bias
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        setattr(slim, name, getattr(module, name))
+    for width in widths:
+        slim.add_width(width)
+    return slim
+
+
+# ---- what the graph tells
+
+
+def _trace(model: nn.Module) -> fx.Graph | None:
+    class LeafTracer(fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return type(module) in _SLIM or super().is_leaf_module(module, name)
+
+    try:
+        return LeafTracer().trace(model)
+    except Exception:  # anything a user's forward can raise when it is traced
+        return None
+
+
+def _classifiers(graph: fx.Graph, layers: dict[str, nn.Module]) -> set[str]:
+    """The convolutions and linear layers with a path to the output that meets no other one."""
+    found, stack, seen = set(), list(graph.find_nodes(op="output")), set()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if _mixes_channels(node, layers):
+            found.add(node.target)
+        else:
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def _divisors(graph: fx.Graph, layers: dict[str, nn.Module]) -> dict[str, int]:
+    """What the output channels of each layer must be a multiple of for the grouped convolutions downstream.
+
+    Values that share their channels (through batch norm, ReLU, pooling, addition ...) form one class, joined by
+    union-find; a grouped convolution asks for its group size in the classes of its input and of its output.
+    """
+    parent = {node: node for node in graph.nodes}
+
+    def find(node):
+        while parent[node] is not node:
+            parent[node] = parent[parent[node]]
+            node = parent[node]
+        return node
+
+    for node in graph.nodes:
+        _refuse_rearranging(node)
+        if not _mixes_channels(node, layers) and node.op != "output" and node.target is not operator.getitem:
+            for operand in node.all_input_nodes:
+                parent[find(operand)] = find(node)
+
+    multiple = {node: 1 for node in graph.nodes}
+    for node in graph.nodes:
+        module = layers.get(node.target) if node.op == "call_module" else None
+        if isinstance(module, nn.Conv2d) and module.groups > 1:
+            source, result = find(node.all_input_nodes[0]), find(node)
+            if module.in_channels == module.out_channels:
+                parent[source] = result  # whole groups are kept: the two numbers of channels are one
+                multiple[result] = math.lcm(multiple[result], multiple[source])
+            for end, channels in ((find(source), module.in_channels), (result, module.out_channels)):
+                multiple[end] = math.lcm(multiple[end], channels // module.groups)
+    return {node.target: multiple[find(node)] for node in graph.nodes if _mixes_channels(node, layers)}
+
+
+def _mixes_channels(node: fx.Node, layers: dict[str, nn.Module]) -> bool:
+    return node.op == "call_module" and isinstance(layers.get(node.target), nn.Conv2d | nn.Linear)
+
+
+def _refuse_rearranging(node: fx.Node) -> None:
+    called = node.op == "call_function" and node.target in _REARRANGING
+    if called or (node.op == "call_method" and node.target in _REARRANGING_METHODS):
+        raise ValueError(
+            "convert needs a network whose layers pass their channels on in order, "
+            f"got one that concatenates or splits them ('{node.name}')"
+        )

@@ -1,0 +1,231 @@
+"""Layers of adjustable width. At width 1 each is its torch.nn namesake: same arguments, parameters and state_dict.
+
+A sub-network of width w is the first channels of every layer. The number of input channels is read off the input, so
+only the number of output channels depends on the width (`round_channels`). `set_width(model, w)` sets it.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .ops import slim_batch_norm, slim_conv2d, slim_linear
+from .width import check_width, round_channels
+
+
+class FastSlimConv2d(nn.Conv2d):
+    """nn.Conv2d of adjustable width, a drop-in: same arguments, parameter names and state_dict.
+
+    Args:
+        in_channels, ..., dtype: as nn.Conv2d, string paddings and padding modes included.
+        divisor: output channels are a multiple of it; see `round_channels`.
+        slim_out: False keeps all output channels at every width, for the last layer of a network.
+
+    A grouped convolution keeps the size of its groups and drops whole groups: an input of k * in_channels / groups
+    channels runs the first k groups, whatever the width. Its input must therefore be a multiple of the group size:
+    give the layer that produces it that `divisor`.
+
+    The weight is stored NHWC (channels_last), the layout the kernels read in place; the output then is NHWC as well.
+
+    Shape:
+        input [N, C, H, W], C at most in_channels, and in_channels at width 1; output [N, out, OH, OW].
+
+    Raises:
+        ValueError: for an input whose channels do not fit, or a width that leaves no channel.
+    """
+
+    def __init__(self, *args, divisor: int = 1, slim_out: bool = True, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.divisor = divisor
+        self.slim_out = slim_out
+        self._slim_width = 1.0
+        self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
+        self._explicit_padding = self._padding_before_the_kernel()
+
+    def _padding_before_the_kernel(self) -> list[int] | None:
+        """F.pad's [left, right, top, bottom] where zero padding inside the convolution cannot express it."""
+        pads = list(self._reversed_padding_repeated_twice)  # nn.Conv2d: string paddings resolved
+        symmetric = pads[0] == pads[1] and pads[2] == pads[3]
+        return pads if self.padding_mode != "zeros" or not symmetric else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups, out_channels = self._groups_and_out_channels(x)
+        if self._explicit_padding is not None:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = F.pad(x, self._explicit_padding, mode=mode)
+            padding = (0, 0)
+        else:
+            padding = (self._reversed_padding_repeated_twice[2], self._reversed_padding_repeated_twice[0])
+        return slim_conv2d(x, self.weight, self.bias, out_channels, self.stride, padding, self.dilation, groups)
+
+    def _groups_and_out_channels(self, x: Tensor) -> tuple[int, int]:
+        channels = x.shape[1] if x.dim() == 4 else None
+        if channels is None:
+            raise ValueError(f"input must be [N, C, H, W], got shape {tuple(x.shape)}")
+        if self._slim_width == 1.0 and channels != self.in_channels:
+            raise ValueError(f"input must have {self.in_channels} channels at width 1, got {channels}")
+        if self.groups == 1:
+            if not self.slim_out:
+                return 1, self.out_channels
+            return 1, round_channels(self.out_channels, self._slim_width, self.divisor)
+        group_size = self.in_channels // self.groups
+        if channels % group_size or channels > self.in_channels:
+            raise ValueError(
+                f"input must have a multiple of {group_size} channels (the group size), at most {self.in_channels}, "
+                f"got {channels}; give the layer that produces it divisor={group_size}"
+            )
+        groups = channels // group_size
+        return groups, groups * (self.out_channels // self.groups)
+
+    def extra_repr(self) -> str:
+        slim = f", divisor={self.divisor}" if self.divisor != 1 else ""
+        return super().extra_repr() + slim + ("" if self.slim_out else ", slim_out=False")
+
+
+class SlimLinear(nn.Linear):
+    """nn.Linear of adjustable width, a drop-in: same arguments, parameter names and state_dict.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as nn.Linear.
+        divisor: output features are a multiple of it; see `round_channels`.
+        slim_out: True slims the output too, for hidden layers. The default suits a classifier: all classes at every
+            width.
+
+    Shape:
+        input [..., F], F at most in_features, and in_features at width 1; output [..., out].
+
+    Raises:
+        ValueError: for an input whose features do not fit, or a width that leaves no feature.
+    """
+
+    def __init__(self, *args, divisor: int = 1, slim_out: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.divisor = divisor
+        self.slim_out = slim_out
+        self._slim_width = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._slim_width == 1.0 and x.shape[-1] != self.in_features:
+            raise ValueError(f"input must have {self.in_features} features at width 1, got {x.shape[-1]}")
+        out_features = self.out_features
+        if self.slim_out:
+            out_features = round_channels(self.out_features, self._slim_width, self.divisor)
+        return slim_linear(x, self.weight, self.bias, out_features)
+
+    def extra_repr(self) -> str:
+        slim = f", divisor={self.divisor}" if self.divisor != 1 else ""
+        return super().extra_repr() + slim + (", slim_out=True" if self.slim_out else "")
+
+
+class SlimBatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d of adjustable width: affine parameters shared and sliced, statistics private to each width.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as nn.BatchNorm2d.
+        widths: the widths with private running statistics. Width 1 always has them.
+
+    In training every width normalises with the batch's statistics. Then
+        a listed width      updates its own running statistics ("private"); width 1 those of nn.BatchNorm2d;
+        an unlisted width   stores nothing ("batch"), as GradAug's sub-networks.
+    In evaluation a width normalises with its own statistics. `calibrate` makes and fills them for any width.
+
+    The statistics of width w are buffers named `running_mean_w`, with the point of w as an underscore; they have
+    num_features elements, of which the first channels of that width are used. Loading a state_dict adds the widths that
+    only it has, and leaves alone those that only the layer has: an nn.BatchNorm2d's loads as it is.
+
+    Shape:
+        input and residual [N, C, H, W], C at most num_features, and num_features at width 1; output the same.
+
+    Raises:
+        ValueError: for an input whose channels do not fit, or one value per channel in training.
+        RuntimeError: for evaluation at a width that has no statistics yet.
+    """
+
+    def __init__(self, *args, widths: tuple[float, ...] = (1.0,), **kwargs):
+        super().__init__(*args, **kwargs)
+        self._slim_width = 1.0
+        self._names = {1.0: ("running_mean", "running_var", "num_batches_tracked")}
+        self._uncalibrated: set[float] = set()
+        for width in widths:
+            self.add_width(width)
+
+    @property
+    def widths(self) -> tuple[float, ...]:
+        """The widths with private running statistics, in ascending order."""
+        return tuple(sorted(self._names))
+
+    def add_width(self, width: float) -> None:
+        """Give `width` private running statistics, empty for now. A width that has some keeps them."""
+        width = check_width(width)
+        if width in self._names or not self.track_running_stats:
+            return
+        suffix = repr(width).replace(".", "_")
+        names = tuple(f"{name}_{suffix}" for name in self._names[1.0])
+        for name, full in zip(names, self._names[1.0], strict=True):
+            self.register_buffer(name, torch.zeros_like(getattr(self, full)))
+        getattr(self, names[1]).fill_(1)
+        self._names[width] = names
+        self._uncalibrated.add(width)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """Normalise; then add `residual`, then apply a ReLU, where asked for."""
+        if x.dim() != 4:
+            raise ValueError(f"input must be [N, C, H, W], got shape {tuple(x.shape)}")
+        channels, width = x.shape[1], self._slim_width
+        if channels > self.num_features or (width == 1.0 and channels != self.num_features):
+            bound = "" if width == 1.0 else "at most "
+            raise ValueError(f"input must have {bound}{self.num_features} channels at width {width:g}, got {channels}")
+        if self.training or not self.track_running_stats:
+            if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+                raise ValueError(
+                    f"training needs more than 1 value per channel for statistics, got input of shape {tuple(x.shape)}"
+                )
+            y, mean, var = slim_batch_norm(x, self.weight, self.bias, None, None, residual, relu, self.eps)
+            if self.training and self.track_running_stats and width in self._names and x.numel() > 0:
+                self._update_statistics(width, mean, var, x.numel() // channels)
+            return y
+        if width not in self._names or width in self._uncalibrated:
+            raise RuntimeError(
+                f"evaluation needs the statistics of width {width:g}, got those of widths "
+                f"{', '.join(f'{w:g}' for w in self.widths if w not in self._uncalibrated)}; "
+                f"gradaug_kernels.calibrate(model, [{width:g}], loader) makes them"
+            )
+        mean, var, _ = (getattr(self, name) for name in self._names[width])
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        mean, var = mean[:channels].to(dtype), var[:channels].to(dtype)
+        return slim_batch_norm(x, self.weight, self.bias, mean, var, residual, relu, self.eps)[0]
+
+    @torch.no_grad()
+    def _update_statistics(self, width: float, mean: Tensor, var: Tensor, values_per_channel: int) -> None:
+        running_mean, running_var, num_batches = (getattr(self, name) for name in self._names[width])
+        num_batches += 1
+        factor = 1.0 / float(num_batches) if self.momentum is None else self.momentum
+        channels = mean.shape[0]
+        unbiased = var * (values_per_channel / (values_per_channel - 1))
+        running_mean[:channels].lerp_(mean.to(running_mean.dtype), factor)
+        running_var[:channels].lerp_(unbiased.to(running_var.dtype), factor)
+        self._uncalibrated.discard(width)
+
+    def reset_width_stats(self, width: float) -> None:
+        """Forget the running statistics of one width."""
+        mean, var, num_batches = (getattr(self, name) for name in self._names[width])
+        mean.zero_()
+        var.fill_(1)
+        num_batches.zero_()
+        if width != 1.0:
+            self._uncalibrated.add(width)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args):
+        stem = f"{prefix}num_batches_tracked_"
+        for key in [key for key in state_dict if key.startswith(stem)]:
+            width = float(key.removeprefix(stem).replace("_", "."))
+            self.add_width(width)
+            if state_dict[key] > 0:
+                self._uncalibrated.discard(width)
+            else:
+                self._uncalibrated.add(width)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
+        private = {prefix + name for width, names in self._names.items() if width != 1.0 for name in names}
+        missing_keys[:] = [key for key in missing_keys if key not in private]
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + f", widths={self.widths}"

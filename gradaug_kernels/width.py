@@ -1,0 +1,89 @@
+"""Widths: how many channels a sub-network keeps, and setting the width of a model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+def check_width(width: float) -> float:
+    """The width as a float.
+
+    Raises:
+        ValueError: for a width outside (0, 1].
+    """
+    if not 0.0 < width <= 1.0:
+        raise ValueError(f"width must be in (0, 1], got {width}")
+    return float(width)
+
+
+def round_channels(channels: int, width: float, divisor: int = 1) -> int:
+    """The number of channels that a layer of `channels` keeps at `width`.
+
+    `width * channels` rounded half up to a multiple of `divisor`, and one multiple more where that would lose over a
+    tenth of it. This is the rounding of the published code (`make_divisible`, from slimmable networks), which uses
+    divisor 1; 8 suits vector units and tensor cores. Unlike there, the result never exceeds `channels` and a
+    sub-network without channels is an error instead of one channel.
+
+    Args:
+        channels: channels at width 1.
+        width: in (0, 1].
+        divisor: what the result is a multiple of, unless it is `channels`.
+
+    Raises:
+        ValueError: for a width outside (0, 1], a divisor below 1, or a width that leaves no channel.
+    """
+    kept = check_width(width) * channels
+    if divisor < 1:
+        raise ValueError(f"divisor must be at least 1, got {divisor}")
+    if int(kept + 0.5) < 1:
+        raise ValueError(
+            f"width must leave at least 1 of {channels} channels (be at least {0.5 / channels:g}), got {width}"
+        )
+    rounded = max(divisor, int(kept + divisor / 2) // divisor * divisor)
+    if rounded < 0.9 * kept:
+        rounded += divisor
+    return min(rounded, channels)
+
+
+def slim_modules(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model that have a width.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    modules = [module for module in model.modules() if hasattr(module, "_slim_width")]
+    if not modules:
+        raise ValueError(
+            f"model must have layers of adjustable width, got {type(model).__name__} without any; "
+            "convert(model) makes them"
+        )
+    return modules
+
+
+def set_width(model: nn.Module, width: float) -> None:
+    """Run `model` as its sub-network of `width` from now on: the first channels of every layer.
+
+    Args:
+        model: a model with FastSlimConv2d, SlimLinear or SlimBatchNorm2d layers.
+        width: in (0, 1]; 1 is the full network.
+
+    Raises:
+        ValueError: for a width outside (0, 1], or a model without such layers.
+    """
+    width = check_width(width)
+    for module in slim_modules(model):
+        module._slim_width = width
+
+
+@contextmanager
+def use_width(model: nn.Module, width: float) -> Iterator[None]:
+    """`set_width` for the length of a with-block; then every layer has the width it had before."""
+    modules = slim_modules(model)
+    before = [module._slim_width for module in modules]
+    set_width(model, width)
+    try:
+        yield
+    finally:
+        for module, previous in zip(modules, before, strict=True):
+            module._slim_width = previous
