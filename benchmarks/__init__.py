@@ -1,0 +1,1 @@
+"""Benchmarks of gradaug_kernels against stock PyTorch."""

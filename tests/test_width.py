@@ -1,0 +1,73 @@
+"""Widths: rounding, setting, restoring, and the sentences for bad ones."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gradaug_kernels as gk
+
+
+def published_make_divisible(v, divisor=1, min_value=1):
+    """The rounding of the published code, written from its description: the oracle."""
+    new = max(min_value, int(v + divisor / 2) // divisor * divisor)
+    return new + divisor if new < 0.9 * v else new
+
+
+@pytest.mark.parametrize("channels", [1, 3, 16, 64, 100, 256, 1280, 2048])
+def test_default_rounding_is_the_published_one(channels):
+    for width in np.linspace(0.5, 1.0, 101):
+        assert gk.round_channels(channels, width) == published_make_divisible(channels * width)
+
+
+@pytest.mark.parametrize(
+    ("channels", "width", "divisor", "expected"),
+    [
+        (64, 0.9, 1, 58),  # 57.6 rounds up
+        (5, 0.5, 1, 3),  # half rounds up
+        (64, 0.9, 8, 56),  # 57.6 to the nearest multiple
+        (64, 0.8, 8, 48),  # 51.2: 48 is the nearest, and not under nine tenths
+        (24, 0.5, 8, 16),  # 12 -> 16
+        (16, 0.2, 8, 8),  # never below one multiple
+        (20, 1.0, 8, 20),  # width 1 is always the whole layer
+        (3, 0.9, 8, 3),  # fewer channels than the divisor
+    ],
+)
+def test_rounding_to_multiples(channels, width, divisor, expected):
+    assert gk.round_channels(channels, width, divisor) == expected
+
+
+def test_losing_over_a_tenth_adds_a_multiple():
+    assert int(11.2 + 4) // 8 * 8 == 8 < 0.9 * 11.2
+    assert gk.round_channels(16, 0.7, 8) == 16
+
+
+@pytest.mark.parametrize("width", [0.0, -0.5, 1.01, float("nan")])
+def test_width_outside_its_range(width):
+    with pytest.raises(ValueError, match=r"width must be in \(0, 1\], got"):
+        gk.set_width(gk.FastSlimConv2d(4, 4, 1), width)
+    with pytest.raises(ValueError, match=r"width must be in \(0, 1\], got"):
+        gk.round_channels(4, width)
+
+
+def test_width_that_leaves_no_channel():
+    conv = gk.FastSlimConv2d(3, 8, 1)
+    with (
+        gk.use_width(conv, 0.05),
+        pytest.raises(ValueError, match=r"width must leave at least 1 of 8 channels \(be at least 0.0625\), got 0.05"),
+    ):
+        conv(torch.randn(1, 3, 4, 4))
+
+
+def test_a_model_without_adjustable_layers():
+    with pytest.raises(ValueError, match="layers of adjustable width, got Linear without any"):
+        gk.set_width(nn.Linear(2, 2), 0.5)
+
+
+def test_use_width_restores_after_an_error():
+    model = nn.Sequential(gk.FastSlimConv2d(3, 8, 1), gk.SlimBatchNorm2d(8))
+    gk.set_width(model, 0.75)
+    with pytest.raises(KeyError), gk.use_width(model, 0.5):
+        assert model(torch.randn(2, 3, 2, 2)).shape[1] == 4
+        raise KeyError
+    assert model(torch.randn(2, 3, 2, 2)).shape[1] == 6
