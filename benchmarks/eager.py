@@ -78,7 +78,7 @@ def set_eager_width(model: nn.Module, width: float) -> None:
 
 
 def eager_step(model, optimizer, images, targets, subnets, autocast_dtype=None):
-    """One published GradAug step for given sub-networks, [(width, resolution)]; the losses, the full network's first."""
+    """One published GradAug step for sub-networks [(width, resolution)]. Returns the losses, the full one first."""
 
     def forward(x):
         with torch.autocast(x.device.type, autocast_dtype, enabled=autocast_dtype is not None):

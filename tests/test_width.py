@@ -67,7 +67,11 @@ def test_a_model_without_adjustable_layers():
 def test_use_width_restores_after_an_error():
     model = nn.Sequential(gk.FastSlimConv2d(3, 8, 1), gk.SlimBatchNorm2d(8))
     gk.set_width(model, 0.75)
-    with pytest.raises(KeyError), gk.use_width(model, 0.5):
+    with gk.use_width(model, 0.5):
         assert model(torch.randn(2, 3, 2, 2)).shape[1] == 4
-        raise KeyError
+    assert model(torch.randn(2, 3, 2, 2)).shape[1] == 6
+    with gk.use_width(model, 0.5), pytest.raises(ValueError, match="got 9"):
+        model(torch.randn(2, 9, 2, 2))
+    with pytest.raises(ValueError, match="got 9"), gk.use_width(model, 0.5):
+        model(torch.randn(2, 9, 2, 2))
     assert model(torch.randn(2, 3, 2, 2)).shape[1] == 6

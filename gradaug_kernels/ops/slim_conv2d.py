@@ -49,8 +49,9 @@ def check_slim_conv2d(x, weight, bias, out_channels, stride, padding, dilation, 
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}; scale integer images to floats first")
     if weight.dim() != 4:
         raise ValueError(f"weight must be [O, I / groups, KH, KW], got {weight.dim()} dimensions")
+    autocast = torch.is_autocast_enabled(x.device.type)  # casts all three to one dtype
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype:
+        if tensor is not None and tensor.dtype != x.dtype and not autocast:
             raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")

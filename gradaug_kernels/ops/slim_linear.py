@@ -28,8 +28,9 @@ def check_slim_linear(x, weight, bias, out_features) -> None:
         raise ValueError(f"x must be [..., F] and weight [O, I], got {x.dim()} and {weight.dim()} dimensions")
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
+    autocast = torch.is_autocast_enabled(x.device.type)  # casts all three to one dtype
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype:
+        if tensor is not None and tensor.dtype != x.dtype and not autocast:
             raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
