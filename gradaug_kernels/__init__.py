@@ -6,6 +6,7 @@
 """
 
 from .convert import convert
+from .fuse import fuse, fused_chains
 from .gradaug import GradAug, StepLosses, SubnetDraw, kl_divergence
 from .nn import FastSlimConv2d, SlimBatchNorm2d, SlimLinear
 from .ops import slim_batch_norm, slim_conv2d, slim_linear
@@ -23,6 +24,8 @@ __all__ = [
     "SubnetDraw",
     "calibrate",
     "convert",
+    "fuse",
+    "fused_chains",
     "kl_divergence",
     "round_channels",
     "set_width",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx, nn
 
+from .fuse import fuse
 from .nn import FastSlimConv2d, SlimBatchNorm2d, SlimLinear
 
 _SLIM = {nn.Conv2d: FastSlimConv2d, nn.Linear: SlimLinear, nn.BatchNorm2d: SlimBatchNorm2d}
@@ -21,7 +22,9 @@ _REARRANGING = (torch.cat, torch.concat, torch.stack, torch.split, torch.chunk, 
 _REARRANGING_METHODS = ("split", "chunk", "unbind")
 
 
-def convert(model: nn.Module, widths: Sequence[float] = (1.0,), divisor: int = 1) -> nn.Module:
+def convert(
+    model: nn.Module, widths: Sequence[float] = (1.0,), divisor: int = 1, fuse_chains: bool = True
+) -> nn.Module:
     """Make a CNN's convolutions, linear layers and batch norms adjustable in width.
 
     nn.Conv2d becomes FastSlimConv2d, nn.Linear SlimLinear and nn.BatchNorm2d SlimBatchNorm2d. The parameters and
@@ -37,6 +40,7 @@ def convert(model: nn.Module, widths: Sequence[float] = (1.0,), divisor: int = 1
         model: such as torchvision's ResNet, Wide-ResNet, ResNeXt or MobileNet. Changed in place.
         widths: the widths with private batch-norm statistics, each in (0, 1].
         divisor: layers keep a multiple of this many channels; 1 as published, 8 suits tensor cores.
+        fuse_chains: run batch norm, residual add and ReLU in one operator where the model's code shows them (`fuse`).
 
     Returns:
         The same model.
@@ -71,7 +75,7 @@ def convert(model: nn.Module, widths: Sequence[float] = (1.0,), divisor: int = 1
         if name == "":
             return slim
         setattr(model.get_submodule(parent), child, slim)
-    return model
+    return fuse(model) if fuse_chains else model
 
 
 def _mixing_layer(module: nn.Conv2d | nn.Linear, divisor: int, slim_out: bool) -> nn.Module:

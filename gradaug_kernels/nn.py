@@ -168,6 +168,9 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """Normalise; then add `residual`, then apply a ReLU, where asked for."""
+        if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+            y = self(x) + residual  # broadcast or promoted as the sum of any two tensors
+            return y.relu() if relu else y
         if x.dim() != 4:
             raise ValueError(f"input must be [N, C, H, W], got shape {tuple(x.shape)}")
         channels, width = x.shape[1], self._slim_width
