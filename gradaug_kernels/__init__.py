@@ -5,6 +5,7 @@
 >>> losses = step(images, targets)
 """
 
+from .accumulate import AccumulateIntoGrad
 from .convert import convert
 from .fuse import fuse, fused_chains
 from .gradaug import GradAug, StepLosses, SubnetDraw, kl_divergence
@@ -16,6 +17,7 @@ from .width import round_channels, set_width, use_width
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccumulateIntoGrad",
     "FastSlimConv2d",
     "GradAug",
     "SlimBatchNorm2d",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .accumulate import AccumulateIntoGrad
 from .width import check_width, set_width
 
 
@@ -54,6 +55,8 @@ class GradAug:
         reduction: "sum" adds the losses, as published; "mean" divides that by their number.
         scheduler: a learning-rate scheduler to step once per call.
         autocast_dtype: run the model in torch.autocast with this dtype; None does not.
+        accumulate: let kernels add weight gradients straight into `weight.grad` (`AccumulateIntoGrad`). False leaves
+            all gradients to autograd, as weights with hooks always are.
         seed: of the draws. One generator makes them all, so that a run can be repeated and resumed (`state_dict`).
 
     Raises:
@@ -78,6 +81,7 @@ class GradAug:
         reduction: str = "sum",
         scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
         autocast_dtype: torch.dtype | None = None,
+        accumulate: bool = True,
         seed: int = 0,
     ):
         if num_subnets < 0:
@@ -96,6 +100,7 @@ class GradAug:
         self.loss_weight = 1.0 if reduction == "sum" else 1.0 / (1 + num_subnets)
         self.scheduler = scheduler
         self.autocast_dtype = autocast_dtype
+        self.accumulation = AccumulateIntoGrad(model, autocast_dtype) if accumulate else None
         self.generator = torch.Generator().manual_seed(seed)
         if num_subnets > 0:
             set_width(model, 1.0)  # a model without adjustable layers is refused here, not in the first step
@@ -113,7 +118,9 @@ class GradAug:
         if self.resolutions is not None and images.shape[-1] != images.shape[-2]:
             raise ValueError(f"images must be square to be resized, got {images.shape[-2]} x {images.shape[-1]} pixels")
         draws = tuple(self.draw() if draws is None else draws)
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=self.accumulation is None)
+        if self.accumulation is not None:
+            self.accumulation.begin_step()
 
         logits, full_loss = self._pass(images, 1.0, lambda z: self.criterion(z, targets), last=not draws)
         teacher = F.softmax(logits, dim=1)
@@ -154,11 +161,15 @@ class GradAug:
     def _pass(self, images: Tensor, width: float, loss_of: Callable[[Tensor], Tensor], last: bool):
         """Forward and backward of one network; its logits and loss, detached.
 
-        DistributedDataParallel exchanges gradients in the last pass of a step only.
+        DistributedDataParallel exchanges gradients in the last pass of a step only, which must be autograd's then.
         """
         if self.num_subnets > 0:
             set_width(self.model, width)
-        with nullcontext() if last or not hasattr(self.model, "no_sync") else self.model.no_sync():
+        distributed = hasattr(self.model, "no_sync")
+        with (
+            self.model.no_sync() if distributed and not last else nullcontext(),
+            nullcontext() if self.accumulation is None or (distributed and last) else self.accumulation,
+        ):
             with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
                 logits = self.model(images)
             loss = loss_of(logits.float() if self.autocast_dtype is not None else logits)

@@ -33,6 +33,8 @@ class FastSlimConv2d(nn.Conv2d):
         ValueError: for an input whose channels do not fit, or a width that leaves no channel.
     """
 
+    _accumulating = None  # (weight to compute with, buffer for its gradient) inside AccumulateIntoGrad
+
     def __init__(self, *args, divisor: int = 1, slim_out: bool = True, **kwargs):
         super().__init__(*args, **kwargs)
         self.divisor = divisor
@@ -55,7 +57,9 @@ class FastSlimConv2d(nn.Conv2d):
             padding = (0, 0)
         else:
             padding = (self._reversed_padding_repeated_twice[2], self._reversed_padding_repeated_twice[0])
-        return slim_conv2d(x, self.weight, self.bias, out_channels, self.stride, padding, self.dilation, groups)
+        weight, weight_grad = self._accumulating or (self.weight, None)
+        geometry = (self.stride, padding, self.dilation, groups)
+        return slim_conv2d(x, weight, self.bias, out_channels, *geometry, weight_grad=weight_grad)
 
     def _groups_and_out_channels(self, x: Tensor) -> tuple[int, int]:
         channels = x.shape[1] if x.dim() == 4 else None
@@ -97,6 +101,8 @@ class SlimLinear(nn.Linear):
         ValueError: for an input whose features do not fit, or a width that leaves no feature.
     """
 
+    _accumulating = None  # (weight to compute with, buffer for its gradient) inside AccumulateIntoGrad
+
     def __init__(self, *args, divisor: int = 1, slim_out: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
         self.divisor = divisor
@@ -109,7 +115,8 @@ class SlimLinear(nn.Linear):
         out_features = self.out_features
         if self.slim_out:
             out_features = round_channels(self.out_features, self._slim_width, self.divisor)
-        return slim_linear(x, self.weight, self.bias, out_features)
+        weight, weight_grad = self._accumulating or (self.weight, None)
+        return slim_linear(x, weight, self.bias, out_features, weight_grad)
 
     def extra_repr(self) -> str:
         slim = f", divisor={self.divisor}" if self.divisor != 1 else ""

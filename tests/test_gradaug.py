@@ -34,13 +34,14 @@ def relative_error(actual, expected):
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-def test_ten_steps_equal_plain_pytorch():
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_ten_steps_equal_plain_pytorch(accumulate):
     """The network-level test: losses and weights of ten published steps, float64, relative error under 1e-9."""
     model = small_resnet()
     oracle = eager_slimmable(model)
     oracle_optimizer = sgd(oracle)
     gk.convert(model)
-    step = gk.GradAug(model, sgd(model), num_subnets=3, min_width=0.8, resolutions=(16, 14, 12))
+    step = gk.GradAug(model, sgd(model), min_width=0.8, resolutions=(16, 14, 12), accumulate=accumulate)
     seen = set()
     for images, targets in batches(10):
         losses = step(images, targets)

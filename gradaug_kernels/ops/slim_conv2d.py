@@ -19,8 +19,10 @@ without full-size temporaries.
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
+from torch.autograd.function import once_differentiable
 
 from .._library import autocast_rule, define, differentiable, differentiable_once
+from ._common import bias_grad, check_gradient_buffer, check_same_dtype_and_device
 
 
 def _slice(weight: Tensor, out_channels: int, in_channels: int, groups: int) -> Tensor:
@@ -49,12 +51,7 @@ def check_slim_conv2d(x, weight, bias, out_channels, stride, padding, dilation, 
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}; scale integer images to floats first")
     if weight.dim() != 4:
         raise ValueError(f"weight must be [O, I / groups, KH, KW], got {weight.dim()} dimensions")
-    autocast = torch.is_autocast_enabled(x.device.type)  # casts all three to one dtype
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype and not autocast:
-            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+    check_same_dtype_and_device(x, weight=weight, bias=bias)
     in_channels = x.shape[1]
     if not 0 < out_channels <= weight.shape[0]:
         raise ValueError(f"out_channels must be in [1, {weight.shape[0]}], got {out_channels}")
@@ -179,14 +176,32 @@ def _backward(ctx, dy):
         dx = _slim_conv2d_input_grad(dy, weight, x.shape, *ctx.geometry)
     if ctx.needs_input_grad[1]:
         dweight = _slim_conv2d_weight_grad(dy, x, weight, *ctx.geometry)
-    if ctx.bias_size is not None and ctx.needs_input_grad[2]:
-        dbias = dy.new_zeros(ctx.bias_size)
-        dbias[: dy.shape[1]] = dy.sum((0, 2, 3))
+    if ctx.needs_input_grad[2]:
+        dbias = bias_grad(dy, 1, ctx.bias_size)
     return dx, dweight, dbias, None, None, None, None, None
 
 
 differentiable(_slim_conv2d, _setup_context, _backward)
 differentiable_once(_slim_conv2d_input_grad, _slim_conv2d_weight_grad)
+
+
+class _IntoBuffer(torch.autograd.Function):
+    """The operator for a weight whose gradient is added to a buffer; autograd then gets none for it."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, weight_grad, out_channels, *geometry):
+        _setup_context(ctx, (x, weight, bias, out_channels, *geometry), None)
+        ctx.weight_grad = weight_grad
+        return _slim_conv2d(x, weight, bias, out_channels, *geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dx = _slim_conv2d_input_grad(dy, weight, x.shape, *ctx.geometry) if ctx.needs_input_grad[0] else None
+        _slim_conv2d_weight_grad_(dy, x, ctx.weight_grad, *ctx.geometry)
+        dbias = bias_grad(dy, 1, ctx.bias_size) if ctx.needs_input_grad[2] else None
+        return dx, None, dbias, None, None, None, None, None, None
 
 
 @autocast_rule(_slim_conv2d)
@@ -206,6 +221,7 @@ def slim_conv2d(
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
+    weight_grad: Tensor | None = None,
 ) -> Tensor:
     """Convolution with `weight[:out_channels, :C / groups]`, read in place.
 
@@ -216,6 +232,8 @@ def slim_conv2d(
         out_channels: output channels of the sub-network, at most O; None is O.
         stride, padding, dilation: in pixels, one integer or (vertical, horizontal).
         groups: groups of the sub-network; divides C and out_channels.
+        weight_grad: [O, I / G, KH, KW], any floating dtype: the backward pass adds the weight's gradient to its slice,
+            and autograd gets none. weight, which may be a low-precision copy, must still require a gradient.
 
     Returns:
         [N, out_channels, OH, OW], dtype and memory format of x.
@@ -226,4 +244,9 @@ def slim_conv2d(
     out_channels = weight.shape[0] if out_channels is None else out_channels
     geometry = [[v, v] if isinstance(v, int) else list(v) for v in (stride, padding, dilation)]
     check_slim_conv2d(x, weight, bias, out_channels, *geometry, groups)
+    if weight_grad is not None:
+        check_gradient_buffer(weight_grad, weight)
+        if torch.is_autocast_enabled(x.device.type):
+            x, weight, bias = _autocast(torch.get_autocast_dtype(x.device.type), x, weight, bias)
+        return _IntoBuffer.apply(x, weight, bias, weight_grad, out_channels, *geometry, groups)
     return _slim_conv2d(x, weight, bias, out_channels, *geometry, groups)

@@ -14,8 +14,10 @@ that slice to a buffer instead.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .._library import autocast_rule, define, differentiable, differentiable_once
+from ._common import bias_grad, check_gradient_buffer, check_same_dtype_and_device
 
 
 def check_slim_linear(x, weight, bias, out_features) -> None:
@@ -28,12 +30,7 @@ def check_slim_linear(x, weight, bias, out_features) -> None:
         raise ValueError(f"x must be [..., F] and weight [O, I], got {x.dim()} and {weight.dim()} dimensions")
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
-    autocast = torch.is_autocast_enabled(x.device.type)  # casts all three to one dtype
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype and not autocast:
-            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+    check_same_dtype_and_device(x, weight=weight, bias=bias)
     if not 0 < x.shape[-1] <= weight.shape[1]:
         raise ValueError(f"x must have between 1 and {weight.shape[1]} features, got {x.shape[-1]}")
     if not 0 < out_features <= weight.shape[0]:
@@ -121,14 +118,32 @@ def _backward(ctx, dy):
         dx = _slim_linear_input_grad(dy, weight, x.shape[-1])
     if ctx.needs_input_grad[1]:
         dweight = _slim_linear_weight_grad(dy, x, weight)
-    if ctx.bias_size is not None and ctx.needs_input_grad[2]:
-        dbias = dy.new_zeros(ctx.bias_size)
-        dbias[: dy.shape[-1]] = dy.sum(tuple(range(dy.dim() - 1)))
+    if ctx.needs_input_grad[2]:
+        dbias = bias_grad(dy, -1, ctx.bias_size)
     return dx, dweight, dbias, None
 
 
 differentiable(_slim_linear, _setup_context, _backward)
 differentiable_once(_slim_linear_input_grad, _slim_linear_weight_grad)
+
+
+class _IntoBuffer(torch.autograd.Function):
+    """The operator for a weight whose gradient is added to a buffer; autograd then gets none for it."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, weight_grad, out_features):
+        _setup_context(ctx, (x, weight, bias, out_features), None)
+        ctx.weight_grad = weight_grad
+        return _slim_linear(x, weight, bias, out_features)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dx = _slim_linear_input_grad(dy, weight, x.shape[-1]) if ctx.needs_input_grad[0] else None
+        _slim_linear_weight_grad_(dy, x, ctx.weight_grad)
+        dbias = bias_grad(dy, -1, ctx.bias_size) if ctx.needs_input_grad[2] else None
+        return dx, None, dbias, None, None
 
 
 @autocast_rule(_slim_linear)
@@ -139,7 +154,13 @@ def _autocast(dtype, x, weight, bias, out_features):
 # ---- public function
 
 
-def slim_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out_features: int | None = None) -> Tensor:
+def slim_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    out_features: int | None = None,
+    weight_grad: Tensor | None = None,
+) -> Tensor:
     """Linear layer with `weight[:out_features, :F]`, read in place.
 
     Args:
@@ -147,6 +168,8 @@ def slim_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out_featu
         weight: [O, I], dtype of x: the full-width weight, F <= I.
         bias: [O] or None, dtype of x.
         out_features: output features of the sub-network, at most O; None is O.
+        weight_grad: [O, I], any floating dtype: the backward pass adds the weight's gradient to its slice, and
+            autograd gets none. weight, which may be a low-precision copy, must still require a gradient.
 
     Returns:
         [..., out_features], dtype of x.
@@ -156,4 +179,9 @@ def slim_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out_featu
     """
     out_features = weight.shape[0] if out_features is None else out_features
     check_slim_linear(x, weight, bias, out_features)
+    if weight_grad is not None:
+        check_gradient_buffer(weight_grad, weight)
+        if torch.is_autocast_enabled(x.device.type):
+            x, weight, bias, _ = _autocast(torch.get_autocast_dtype(x.device.type), x, weight, bias, out_features)
+        return _IntoBuffer.apply(x, weight, bias, weight_grad, out_features)
     return _slim_linear(x, weight, bias, out_features)

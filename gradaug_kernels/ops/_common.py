@@ -1,0 +1,30 @@
+"""What the convolution and the linear layer share."""
+
+import torch
+from torch import Tensor
+
+
+def check_same_dtype_and_device(x: Tensor, **others: Tensor | None) -> None:
+    """Raises TypeError or ValueError where a tensor differs from x; inside autocast, which casts all, dtypes may."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for name, tensor in others.items():
+        if tensor is not None and tensor.dtype != x.dtype and not autocast:
+            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+
+
+def check_gradient_buffer(weight_grad: Tensor, weight: Tensor) -> None:
+    """Raises ValueError if the buffer cannot take the gradient of weight."""
+    if weight_grad.shape != weight.shape or weight_grad.requires_grad:
+        raise ValueError(
+            f"weight_grad must be a buffer of shape {tuple(weight.shape)} that requires no gradient, "
+            f"got shape {tuple(weight_grad.shape)}, requires_grad={weight_grad.requires_grad}"
+        )
+
+
+def bias_grad(dy: Tensor, channel_dim: int, size: int) -> Tensor:
+    """The gradient [size] of a full-width bias: dy summed over all but its channels, then zeros."""
+    dbias = dy.new_zeros(size)
+    dbias[: dy.shape[channel_dim]] = dy.sum([d for d in range(dy.dim()) if d != channel_dim % dy.dim()])
+    return dbias
