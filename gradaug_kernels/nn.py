@@ -12,6 +12,14 @@ from .ops import slim_batch_norm, slim_conv2d, slim_linear
 from .width import check_width, round_channels
 
 
+def _number(n: int) -> Tensor:
+    """n as the size of a tensor that holds next to nothing: torch.compile then takes it as a dynamic size.
+
+    As an integer attribute it would be a constant of the compiled graph, and every new width would compile again.
+    """
+    return torch.empty(1).expand(n)
+
+
 class FastSlimConv2d(nn.Conv2d):
     """nn.Conv2d of adjustable width, a drop-in: same arguments, parameter names and state_dict.
 
@@ -39,7 +47,7 @@ class FastSlimConv2d(nn.Conv2d):
         super().__init__(*args, **kwargs)
         self.divisor = divisor
         self.slim_out = slim_out
-        self._slim_width = 1.0
+        self._set_width(1.0)
         self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
         self._explicit_padding = self._padding_before_the_kernel()
 
@@ -48,6 +56,10 @@ class FastSlimConv2d(nn.Conv2d):
         pads = list(self._reversed_padding_repeated_twice)  # nn.Conv2d: string paddings resolved
         symmetric = pads[0] == pads[1] and pads[2] == pads[3]
         return pads if self.padding_mode != "zeros" or not symmetric else None
+
+    def _set_width(self, width: float) -> None:
+        out = round_channels(self.out_channels, width, self.divisor) if self.slim_out else self.out_channels
+        self._slim_width, self._is_full, self._out = width, width == 1.0, _number(out)
 
     def forward(self, x: Tensor) -> Tensor:
         groups, out_channels = self._groups_and_out_channels(x)
@@ -65,12 +77,10 @@ class FastSlimConv2d(nn.Conv2d):
         channels = x.shape[1] if x.dim() == 4 else None
         if channels is None:
             raise ValueError(f"input must be [N, C, H, W], got shape {tuple(x.shape)}")
-        if self._slim_width == 1.0 and channels != self.in_channels:
+        if self._is_full and channels != self.in_channels:
             raise ValueError(f"input must have {self.in_channels} channels at width 1, got {channels}")
         if self.groups == 1:
-            if not self.slim_out:
-                return 1, self.out_channels
-            return 1, round_channels(self.out_channels, self._slim_width, self.divisor)
+            return 1, self._out.shape[0]
         group_size = self.in_channels // self.groups
         if channels % group_size or channels > self.in_channels:
             raise ValueError(
@@ -107,14 +117,16 @@ class SlimLinear(nn.Linear):
         super().__init__(*args, **kwargs)
         self.divisor = divisor
         self.slim_out = slim_out
-        self._slim_width = 1.0
+        self._set_width(1.0)
+
+    def _set_width(self, width: float) -> None:
+        out = round_channels(self.out_features, width, self.divisor) if self.slim_out else self.out_features
+        self._slim_width, self._is_full, self._out = width, width == 1.0, _number(out)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._slim_width == 1.0 and x.shape[-1] != self.in_features:
+        if self._is_full and x.shape[-1] != self.in_features:
             raise ValueError(f"input must have {self.in_features} features at width 1, got {x.shape[-1]}")
-        out_features = self.out_features
-        if self.slim_out:
-            out_features = round_channels(self.out_features, self._slim_width, self.divisor)
+        out_features = self._out.shape[0]
         weight, weight_grad = self._accumulating or (self.weight, None)
         return slim_linear(x, weight, self.bias, out_features, weight_grad)
 
@@ -149,11 +161,15 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
 
     def __init__(self, *args, widths: tuple[float, ...] = (1.0,), **kwargs):
         super().__init__(*args, **kwargs)
-        self._slim_width = 1.0
         self._names = {1.0: ("running_mean", "running_var", "num_batches_tracked")}
         self._uncalibrated: set[float] = set()
+        self._set_width(1.0)
         for width in widths:
             self.add_width(width)
+
+    def _set_width(self, width: float) -> None:
+        self._slim_width, self._is_full = width, width == 1.0
+        self._statistics = self._names.get(width) if self.track_running_stats else None
 
     @property
     def widths(self) -> tuple[float, ...]:
@@ -172,6 +188,7 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
         getattr(self, names[1]).fill_(1)
         self._names[width] = names
         self._uncalibrated.add(width)
+        self._set_width(self._slim_width)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """Normalise; then add `residual`, then apply a ReLU, where asked for."""
@@ -190,30 +207,31 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
                     f"training needs more than 1 value per channel for statistics, got input of shape {tuple(x.shape)}"
                 )
             y, mean, var = slim_batch_norm(x, self.weight, self.bias, None, None, residual, relu, self.eps)
-            if self.training and self.track_running_stats and width in self._names and x.numel() > 0:
-                self._update_statistics(width, mean, var, x.numel() // channels)
+            if self.training and self._statistics is not None and x.numel() > 0:
+                self._update_statistics(mean, var, x.shape[0] * x.shape[2] * x.shape[3])
             return y
-        if width not in self._names or width in self._uncalibrated:
+        width = self._slim_width
+        if self._statistics is None or width in self._uncalibrated:
             raise RuntimeError(
                 f"evaluation needs the statistics of width {width:g}, got those of widths "
                 f"{', '.join(f'{w:g}' for w in self.widths if w not in self._uncalibrated)}; "
                 f"gradaug_kernels.calibrate(model, [{width:g}], loader) makes them"
             )
-        mean, var, _ = (getattr(self, name) for name in self._names[width])
+        mean, var = (getattr(self, name) for name in self._statistics[:2])
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         mean, var = mean[:channels].to(dtype), var[:channels].to(dtype)
         return slim_batch_norm(x, self.weight, self.bias, mean, var, residual, relu, self.eps)[0]
 
     @torch.no_grad()
-    def _update_statistics(self, width: float, mean: Tensor, var: Tensor, values_per_channel: int) -> None:
-        running_mean, running_var, num_batches = (getattr(self, name) for name in self._names[width])
+    def _update_statistics(self, mean: Tensor, var: Tensor, values_per_channel: int) -> None:
+        running_mean, running_var, num_batches = (getattr(self, name) for name in self._statistics)
         num_batches += 1
         factor = 1.0 / float(num_batches) if self.momentum is None else self.momentum
         channels = mean.shape[0]
         unbiased = var * (values_per_channel / (values_per_channel - 1))
         running_mean[:channels].lerp_(mean.to(running_mean.dtype), factor)
         running_var[:channels].lerp_(unbiased.to(running_var.dtype), factor)
-        self._uncalibrated.discard(width)
+        self._uncalibrated.discard(self._slim_width)
 
     def reset_width_stats(self, width: float) -> None:
         """Forget the running statistics of one width."""

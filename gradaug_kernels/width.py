@@ -52,7 +52,7 @@ def slim_modules(model: nn.Module) -> list[nn.Module]:
     Raises:
         ValueError: if there are none.
     """
-    modules = [module for module in model.modules() if hasattr(module, "_slim_width")]
+    modules = [module for module in model.modules() if hasattr(module, "_set_width")]
     if not modules:
         raise ValueError(
             f"model must have layers of adjustable width, got {type(model).__name__} without any; "
@@ -69,11 +69,11 @@ def set_width(model: nn.Module, width: float) -> None:
         width: in (0, 1]; 1 is the full network.
 
     Raises:
-        ValueError: for a width outside (0, 1], or a model without such layers.
+        ValueError: for a width outside (0, 1], one that leaves a layer no channel, or a model without such layers.
     """
     width = check_width(width)
     for module in slim_modules(model):
-        module._slim_width = width
+        module._set_width(width)
 
 
 @contextmanager
@@ -81,9 +81,9 @@ def use_width(model: nn.Module, width: float) -> Iterator[None]:
     """`set_width` for the length of a with-block; then every layer has the width it had before."""
     modules = slim_modules(model)
     before = [module._slim_width for module in modules]
-    set_width(model, width)
     try:
+        set_width(model, width)
         yield
     finally:
         for module, previous in zip(modules, before, strict=True):
-            module._slim_width = previous
+            module._set_width(previous)

@@ -90,8 +90,9 @@ def test_linear_is_a_drop_in_and_slices():
         assert_close(actual, expected)
     with gk.use_width(linear, 0.5):
         assert_close(linear(x[..., :4]), x[..., :4] @ linear.weight[:, :4].T + linear.bias)
-        linear.slim_out = True
-        assert_close(linear(x[..., :4]), x[..., :4] @ linear.weight[:3, :4].T + linear.bias[:3])
+    hidden = gk.SlimLinear(10, 6, slim_out=True, dtype=torch.double)
+    with gk.use_width(hidden, 0.5):
+        assert_close(hidden(x[..., :4]), x[..., :4] @ hidden.weight[:3, :4].T + hidden.bias[:3])
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}])

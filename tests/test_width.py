@@ -52,11 +52,12 @@ def test_width_outside_its_range(width):
 
 def test_width_that_leaves_no_channel():
     conv = gk.FastSlimConv2d(3, 8, 1)
-    with (
-        gk.use_width(conv, 0.05),
-        pytest.raises(ValueError, match=r"width must leave at least 1 of 8 channels \(be at least 0.0625\), got 0.05"),
-    ):
-        conv(torch.randn(1, 3, 4, 4))
+    message = r"width must leave at least 1 of 8 channels \(be at least 0.0625\), got 0.05"
+    with pytest.raises(ValueError, match=message):
+        gk.set_width(conv, 0.05)
+    with pytest.raises(ValueError, match=message), gk.use_width(nn.Sequential(gk.SlimBatchNorm2d(8), conv), 0.05):
+        pass
+    assert conv(torch.randn(1, 3, 4, 4)).shape[1] == 8, "the width is the one before"
 
 
 def test_a_model_without_adjustable_layers():

@@ -1,0 +1,49 @@
+"""torch.compile of converted models: one graph for the full network, one for all sub-networks, no breaks."""
+
+import pytest
+import torch
+from torch import nn
+
+import gradaug_kernels as gk
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def model():
+    torch.manual_seed(0)
+    stem = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()]
+    grouped = [nn.Conv2d(16, 16, 3, groups=16, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 1)]
+    return gk.convert(nn.Sequential(*stem, *grouped, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5)))
+
+
+def test_all_widths_share_one_recompilation():
+    m = model()
+    compiled = torch.compile(m, backend="aot_eager", fullgraph=True)
+    for width in (1.0, 0.93, 0.81, 0.7, 0.55, 0.6, 1.0):
+        x = torch.randn(2, 3, 8, 8)
+        results = []
+        for network in (compiled, m):
+            m.zero_grad()
+            with gk.use_width(m, width):
+                network(x).square().sum().backward()
+            results.append([p.grad for p in m.parameters()])
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_compiled_step_equals_eager_step():
+    images, targets = torch.randn(4, 3, 12, 12), torch.arange(4)
+    losses = []
+    for compiled in (False, True):
+        m = model()
+        network = torch.compile(m, backend="aot_eager", fullgraph=True) if compiled else m
+        step = gk.GradAug(network, torch.optim.SGD(m.parameters(), 0.1), resolutions=(12, 10))
+        losses.append([torch.stack((r.full, *r.subnets)) for r in (step(images, targets) for _ in range(3))])
+    torch.testing.assert_close(torch.stack(losses[1]), torch.stack(losses[0]), rtol=1e-4, atol=1e-5)
