@@ -26,5 +26,6 @@ def check_gradient_buffer(weight_grad: Tensor, weight: Tensor) -> None:
 def bias_grad(dy: Tensor, channel_dim: int, size: int) -> Tensor:
     """The gradient [size] of a full-width bias: dy summed over all but its channels, then zeros."""
     dbias = dy.new_zeros(size)
-    dbias[: dy.shape[channel_dim]] = dy.sum([d for d in range(dy.dim()) if d != channel_dim % dy.dim()])
+    others = [d for d in range(dy.dim()) if d != channel_dim % dy.dim()]
+    dbias[: dy.shape[channel_dim]] = dy.sum(others) if others else dy  # sum([]) would sum everything
     return dbias

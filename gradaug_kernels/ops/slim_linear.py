@@ -77,7 +77,7 @@ _slim_linear_input_grad = define(
 
 
 def slim_linear_weight_grad__reference(dy, x, dweight):
-    dy, x = dy.flatten(0, -2), x.flatten(0, -2)  # [N, out], [N, F]
+    dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])  # [N, out], [N, F]
     dweight[: dy.shape[1], : x.shape[1]] += dy.T @ x
 
 

@@ -1,0 +1,42 @@
+"""How a kernel's numbers are judged: beside PyTorch's own error in the same dtype, against float64."""
+
+import torch
+from torch import Tensor
+
+
+def assert_as_accurate(ours: Tensor, torchs: Tensor, exact: Tensor, gradient: bool = False) -> None:
+    """`ours` and `torchs`, results of one computation, against `exact` (float64): at most twice PyTorch's error.
+
+    The root-mean-square and the largest error are compared, with half a unit in the last place of the largest value
+    to spare (an exact PyTorch result may be luck). A gradient must also point as well in the right direction and
+    be no more biased towards or away from zero, which hides under any elementwise tolerance.
+    """
+    assert ours.shape == exact.shape
+    assert exact.dtype == torch.float64
+    if exact.numel() == 0:
+        return
+    eps = torch.finfo(torchs.dtype).eps
+    ours, torchs = ours.double(), torchs.double()
+    spare = eps / 2 * exact.abs().max()
+    for name, measure in (("rms", lambda e: e.square().mean().sqrt()), ("largest", lambda e: e.abs().max())):
+        got, allowed = measure(ours - exact), 2 * measure(torchs - exact) + spare
+        assert got <= allowed, f"{name} error must be at most {allowed:.3e}, got {got:.3e}"
+    if gradient:
+        got, allowed = _lost_cosine(ours, exact), 2 * _lost_cosine(torchs, exact) + eps**2
+        assert got <= allowed, f"1 - cosine must be at most {allowed:.3e}, got {got:.3e}"
+        # The rounding errors of n values drift by about 1 / sqrt(n) of a unit without any bias.
+        got, allowed = _bias(ours, exact), 2 * _bias(torchs, exact) + eps * (exact.numel() ** -0.5 + 0.02)
+        assert got <= allowed, f"relative bias must be at most {allowed:.3e}, got {got:.3e}"
+
+
+def _lost_cosine(a: Tensor, exact: Tensor) -> float:
+    """1 - cosine, as half the squared distance of the unit vectors: exact where 1 - cos would cancel."""
+    if exact.norm() == 0:
+        return float(a.norm() > 0)
+    return float((a / a.norm() - exact / exact.norm()).square().sum() / 2)
+
+
+def _bias(a: Tensor, exact: Tensor) -> float:
+    """The mean error in the direction of the value's sign, relative to the mean magnitude."""
+    magnitude = exact.abs().sum()
+    return float(((a - exact) * exact.sign()).sum().abs() / magnitude) if magnitude > 0 else 0.0

@@ -1,0 +1,192 @@
+"""The cases that feed correctness, gradients, opcheck, the Triton interpreter, CUDA and the benchmarks' gate.
+
+`conv_cases()` and `linear_cases()` are small: a whole list runs in seconds. Memory outside a slice is NaN, so that a
+kernel that reads it fails every comparison.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NHWC, NCHW = torch.channels_last, torch.contiguous_format
+
+
+@dataclass(frozen=True)
+class ConvCase:
+    """One convolution of the sub-network `weight[:out, :in / groups]`; names follow ops/slim_conv2d.py."""
+
+    name: str
+    batch: int
+    size: tuple[int, int]  # H, W
+    channels: tuple[int, int]  # in, out of the sub-network
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    wider: tuple[int, int] = (3, 5)  # channels of the full width beyond the sub-network's: in (per group), out
+    bias: bool = False
+    x_layout: str = "nhwc"  # nhwc, nchw, wide (a channel slice of a wider NHWC tensor), swapped (W outside H)
+    weight_format: torch.memory_format = NHWC
+
+    @property
+    def geometry(self) -> tuple:
+        return self.stride, self.padding, self.dilation, self.groups
+
+    @property
+    def out_channels(self) -> int:
+        return self.channels[1]
+
+    def slice(self, weight: Tensor) -> Tensor:
+        return weight[: self.channels[1], : self.channels[0] // self.groups]  # [out, in / groups, KH, KW]
+
+    def tensors(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x [N, C, H, W], weight [O, I / G, KH, KW], bias [O] or None; NaN outside the slices."""
+        randn = _generator(dtype, device, seed)
+        (c, out), (height, width) = self.channels, self.size
+        x = randn(self.batch, c, height, width)
+        if self.x_layout == "nhwc":
+            x = x.contiguous(memory_format=NHWC)
+        elif self.x_layout == "wide":
+            wide = torch.full((self.batch, height, width, c + 3), torch.nan, dtype=dtype, device=device)
+            wide = wide.permute(0, 3, 1, 2)
+            wide[:, :c] = x
+            x = wide[:, :c]
+        elif self.x_layout == "swapped":
+            x = x.transpose(2, 3).contiguous().transpose(2, 3)
+        group_in = c // self.groups
+        full = (out + self.wider[1], group_in + self.wider[0], *self.kernel)
+        weight = torch.full(full, torch.nan, dtype=dtype, device=device).contiguous(memory_format=self.weight_format)
+        self.slice(weight).copy_(
+            randn(out, group_in, *self.kernel) / (group_in * self.kernel[0] * self.kernel[1]) ** 0.5
+        )
+        return x, weight, _bias(self.bias, full[0], out, randn)
+
+
+def conv_cases() -> list[ConvCase]:
+    one, none = (1, 1), (0, 0)
+
+    def pointwise(name, batch, size, channels, **options):
+        return ConvCase(name, batch, size, channels, kernel=one, **{"padding": none, **options})
+
+    def depthwise(name, batch, size, channels, multiplier=1, **options):
+        options = {"wider": (0, 4), **options}
+        return ConvCase(name, batch, size, (channels, channels * multiplier), groups=channels, **options)
+
+    return [
+        pointwise("1x1", 2, (9, 7), (24, 20)),
+        pointwise("1x1 of the full width", 2, (8, 8), (16, 32), wider=none),
+        pointwise("1x1 to 129 channels", 1, (7, 7), (7, 129), bias=True),
+        pointwise("1x1 from 129 channels", 3, (5, 3), (129, 1)),
+        pointwise("1x1 with stride 2", 2, (9, 8), (13, 21), stride=(2, 2)),
+        pointwise("1x1 with padding", 2, (4, 5), (6, 5), padding=(1, 2), bias=True),
+        pointwise("1x1 with a stride of 3 rows", 1, (8, 7), (5, 9), stride=(3, 1)),
+        pointwise("1x1 on NCHW", 2, (6, 5), (17, 15), x_layout="nchw", weight_format=NCHW),
+        pointwise("1x1 on one pixel", 1, one, (33, 18), bias=True),
+        ConvCase("3x3", 2, (9, 8), (13, 29)),
+        ConvCase("3x3 of the full width", 2, (7, 7), (16, 16), wider=none, bias=True),
+        ConvCase("3x3 of 129 channels", 1, (5, 6), (129, 129)),
+        ConvCase("3x3 on wide rows", 1, (4, 61), (5, 34)),
+        ConvCase("3x3 with stride 2", 2, (9, 8), (7, 17), stride=(2, 2)),
+        ConvCase("3x3 with dilation 2", 1, (9, 11), (6, 10), padding=(2, 2), dilation=(2, 2)),
+        ConvCase("3x3 without padding", 2, (5, 6), (8, 12), padding=none),
+        ConvCase("3x3 with padding beyond the kernel", 1, (4, 3), (4, 6), padding=(4, 3)),
+        ConvCase("3x3 on one pixel", 2, one, (9, 7)),
+        ConvCase("3x3 on one column", 2, (6, 1), (5, 6), bias=True),
+        ConvCase("3x3 from one channel to one", 1, (5, 5), one),
+        ConvCase("3x3 on NCHW with OIHW", 2, (6, 7), (11, 13), x_layout="nchw", weight_format=NCHW, bias=True),
+        ConvCase("3x3 on NHWC with OIHW", 2, (6, 7), (11, 13), weight_format=NCHW),
+        ConvCase("3x3 on NCHW with OHWI", 2, (6, 7), (11, 13), x_layout="nchw"),
+        ConvCase("3x3 on a channel slice", 2, (6, 7), (11, 13), x_layout="wide"),
+        ConvCase("3x3 on swapped rows and columns", 2, (6, 7), (8, 9), x_layout="swapped"),
+        ConvCase("3x5 with asymmetric geometry", 2, (9, 10), (6, 7), (3, 5), (2, 1), (1, 3), (1, 2)),
+        ConvCase("2x2 with stride 3", 1, (8, 9), (4, 5), (2, 2), (3, 3), none),
+        ConvCase("7x7 stem", 1, (17, 15), (3, 20), (7, 7), (2, 2), (3, 3), wider=(0, 4)),
+        ConvCase("3x3 of an empty batch", 0, (5, 5), (6, 8), bias=True),
+        pointwise("1x1 of an empty batch", 0, (5, 5), (6, 8)),
+        ConvCase("2 groups", 2, (6, 5), (14, 10), groups=2, bias=True),
+        ConvCase("8 groups of 4 channels", 2, (7, 6), (32, 32), groups=8, wider=(1, 8)),
+        ConvCase("6 groups of 3 channels, stride 2", 1, (9, 9), (18, 30), stride=(2, 2), groups=6),
+        pointwise("1x1 in 3 groups", 2, (4, 5), (9, 12), groups=3),
+        ConvCase("4 groups on NCHW", 1, (5, 6), (8, 12), groups=4, x_layout="nchw", weight_format=NCHW),
+        depthwise("depthwise 3x3", 2, (9, 8), 37, bias=True),
+        depthwise("depthwise 3x3, stride 2", 2, (9, 8), 33, stride=(2, 2)),
+        depthwise("depthwise 5x5", 1, (8, 10), 18, kernel=(5, 5), padding=(2, 2)),
+        depthwise("depthwise 5x5, stride 2", 2, (11, 9), 16, kernel=(5, 5), padding=(2, 2), stride=(2, 2)),
+        depthwise("depthwise of 129 channels", 1, (3, 4), 129),
+        depthwise("depthwise with dilation", 1, (9, 9), 7, padding=(2, 2), dilation=(2, 2)),
+        depthwise("depthwise on NCHW with OIHW", 2, (6, 5), 19, x_layout="nchw", weight_format=NCHW),
+        depthwise("depthwise on a channel slice", 2, (6, 5), 19, x_layout="wide"),
+        depthwise("depthwise of a weight with more inputs", 1, (6, 5), 6, wider=(2, 2)),
+        depthwise("depthwise of an empty batch", 0, (6, 5), 6),
+        depthwise("channel multiplier 2", 2, (6, 7), 9, multiplier=2, bias=True),
+        depthwise("channel multiplier 3, stride 2", 1, (7, 7), 5, multiplier=3, stride=(2, 2)),
+    ]
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """One linear layer of the sub-network `weight[:out, :features]`."""
+
+    name: str
+    batch: tuple[int, ...]
+    features: int
+    out_features: int
+    wider: tuple[int, int] = (3, 5)  # features of the full width beyond the sub-network's: in, out
+    bias: bool = True
+    x_layout: str = "rows"  # rows, wide (a slice of wider rows), columns (features outermost)
+    weight_layout: str = "rows"  # rows, columns
+
+    def slice(self, weight: Tensor) -> Tensor:
+        return weight[: self.out_features, : self.features]  # [out, F]
+
+    def tensors(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x [..., F], weight [O, I], bias [O] or None; NaN outside the slices."""
+        randn = _generator(dtype, device, seed)
+        x = randn(*self.batch, self.features)
+        if self.x_layout == "wide":
+            wide = torch.full((*self.batch, self.features + 3), torch.nan, dtype=dtype, device=device)
+            wide[..., : self.features] = x
+            x = wide[..., : self.features]
+        elif self.x_layout == "columns":
+            x = x.movedim(-1, 0).contiguous().movedim(0, -1)
+        full = (self.out_features + self.wider[1], self.features + self.wider[0])
+        weight = torch.full(full, torch.nan, dtype=dtype, device=device)
+        if self.weight_layout == "columns":
+            weight = weight.t().contiguous().t()
+        self.slice(weight).copy_(randn(self.out_features, self.features) / self.features**0.5)
+        return x, weight, _bias(self.bias, full[0], self.out_features, randn)
+
+
+def linear_cases() -> list[LinearCase]:
+    return [
+        LinearCase("a slice", (6,), 24, 20),
+        LinearCase("the full width", (8,), 16, 32, wider=(0, 0)),
+        LinearCase("129 to 7", (5,), 129, 7),
+        LinearCase("7 to 129", (129,), 7, 129, bias=False),
+        LinearCase("one to one", (1,), 1, 1),
+        LinearCase("an odd number of rows", (33,), 65, 49),
+        LinearCase("more batch dimensions", (2, 3, 4), 10, 9),
+        LinearCase("no batch dimension", (), 12, 7),
+        LinearCase("an empty batch", (0,), 12, 7),
+        LinearCase("rows of a wider tensor", (4, 3), 21, 11, x_layout="wide"),
+        LinearCase("features outermost", (7,), 18, 13, x_layout="columns", bias=False),
+        LinearCase("features outermost, batch of two dimensions", (3, 5), 18, 13, x_layout="columns"),
+        LinearCase("a transposed weight", (9,), 14, 15, weight_layout="columns"),
+    ]
+
+
+def _generator(dtype: torch.dtype, device: str, seed: int):
+    """randn(*shape): the same values, rounded to dtype, on every device and in every dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+def _bias(wanted: bool, full: int, out: int, randn) -> Tensor | None:
+    """[full], NaN from `out` on."""
+    if not wanted:
+        return None
+    bias = randn(full)
+    bias[out:] = torch.nan
+    return bias

@@ -1,0 +1,276 @@
+"""slim_conv2d and its gradients: the kernels that serve the CPU, beside PyTorch's own convolution of the slice."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import assert_as_accurate
+from cases import NCHW, NHWC, ConvCase, conv_cases
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+import gradaug_kernels as gk
+
+CASES = conv_cases()
+# Larger than one block of any kernel, with the counts that sub-networks have: multiples of nothing.
+LARGE = [
+    ConvCase("large 1x1", 2, (17, 19), (301, 187), (1, 1), padding=(0, 0)),
+    ConvCase("large 1x1, stride 2", 2, (15, 16), (187, 301), (1, 1), (2, 2), (0, 0)),
+    ConvCase("large 3x3", 3, (15, 14), (187, 131)),
+    ConvCase("large 3x3, stride 2", 2, (29, 28), (67, 131), stride=(2, 2)),
+    ConvCase("large 3x3, small image", 3, (7, 7), (301, 187)),
+    ConvCase("large stem", 2, (64, 63), (3, 61), (7, 7), (2, 2), (3, 3), wider=(0, 3)),
+    ConvCase("large groups", 2, (15, 14), (128, 128), groups=16, wider=(4, 16)),
+    ConvCase("large depthwise", 2, (29, 31), (187, 187), groups=187, wider=(0, 5)),
+    ConvCase("large depthwise 5x5", 2, (30, 29), (93, 93), (5, 5), (2, 2), (2, 2), groups=93, wider=(0, 5)),
+]
+
+
+def with_cases(cases):
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+def with_dtypes(*dtypes):
+    return pytest.mark.parametrize("dtype", dtypes, ids=lambda dtype: str(dtype)[6:])
+
+
+all_dtypes = with_dtypes(torch.float32, torch.bfloat16, torch.float16)
+# PyTorch's own float16 convolutions take seconds on the large cases; the blocking does not depend on the dtype.
+fast_dtypes = with_dtypes(torch.float32, torch.bfloat16)
+
+
+# ---- the oracle slices the weight and leaves the rest to PyTorch; three functions with one signature each for ours
+
+
+def torch_forward(case: ConvCase, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else bias[: case.out_channels]
+    return F.conv2d(x, case.slice(weight), bias, *case.geometry)
+
+
+def torch_gradients(case: ConvCase, x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """dx [N, C, H, W] and dw [out, in / groups, KH, KW], in the dtype of x."""
+    x, w = x.detach().requires_grad_(), case.slice(weight).detach().requires_grad_()
+    return torch.autograd.grad(F.conv2d(x, w, None, *case.geometry), (x, w), dy)
+
+
+def forward(case: ConvCase, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return gk.slim_conv2d(x, weight, bias, case.out_channels, *case.geometry)
+
+
+def input_grad(case: ConvCase, x: Tensor, weight: Tensor, dy: Tensor) -> Tensor:
+    return torch.ops.gradaug.slim_conv2d_input_grad(dy, weight, x.shape, *case.geometry)
+
+
+def weight_grad(case: ConvCase, x: Tensor, dy: Tensor, dweight: Tensor) -> Tensor:
+    torch.ops.gradaug.slim_conv2d_weight_grad_(dy, x, dweight, *case.geometry)
+    return dweight
+
+
+def output_gradient(case: ConvCase, x: Tensor, weight: Tensor) -> Tensor:
+    """dy [N, out, OH, OW], in the layout that the forward gives."""
+    y = forward(case, x, weight, None)
+    values = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    return torch.empty_like(y).copy_(values)
+
+
+def memory_format(*tensors: Tensor) -> torch.memory_format:
+    return NHWC if any(suggest_memory_format(tensor) == NHWC for tensor in tensors) else NCHW
+
+
+def doubles(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.double() for tensor in tensors]
+
+
+# ---- correctness
+
+
+def check_forward(case: ConvCase, dtype: torch.dtype) -> None:
+    x, weight, bias = case.tensors(dtype)
+    y = forward(case, x, weight, bias)
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=memory_format(x, weight))
+    assert_as_accurate(y, torch_forward(case, x, weight, bias), torch_forward(case, *doubles(x, weight, bias)))
+
+
+def check_gradients(case: ConvCase, dtype: torch.dtype) -> None:
+    x, weight, _ = case.tensors(dtype)
+    dy = output_gradient(case, x, weight)
+    exact_dx, exact_dw = torch_gradients(case, *doubles(x, weight, dy))
+    torch_dx, torch_dw = torch_gradients(case, x, weight, dy)
+
+    dx = input_grad(case, x, weight, dy)
+    assert dx.dtype == dtype
+    assert dx.is_contiguous(memory_format=memory_format(dy, weight))
+    assert_as_accurate(dx, torch_dx, exact_dx, gradient=True)
+
+    for buffer_dtype in {dtype, torch.float32}:
+        dweight = torch.full_like(weight, torch.nan, dtype=buffer_dtype)
+        case.slice(dweight).zero_()
+        weight_grad(case, x, dy, dweight)
+        assert_as_accurate(case.slice(dweight), torch_dw, exact_dw, gradient=True)
+        assert dweight.isnan().sum() == dweight.numel() - exact_dw.numel(), "memory outside the slice was written"
+
+
+@all_dtypes
+@with_cases(CASES)
+def test_forward_is_as_accurate_as_torch(case, dtype):
+    check_forward(case, dtype)
+
+
+@all_dtypes
+@with_cases(CASES)
+def test_gradients_are_as_accurate_as_torch(case, dtype):
+    check_gradients(case, dtype)
+
+
+@fast_dtypes
+@with_cases(LARGE)
+def test_several_blocks(case, dtype):
+    check_forward(case, dtype)
+    check_gradients(case, dtype)
+
+
+@with_cases(CASES)
+def test_float64(case):
+    x, weight, bias = case.tensors(torch.float64)
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(forward(case, x, weight, bias), torch_forward(case, x, weight, bias), **close)
+    dy = output_gradient(case, x, weight)
+    dx, dw = torch_gradients(case, x, weight, dy)
+    torch.testing.assert_close(input_grad(case, x, weight, dy), dx, **close)
+    torch.testing.assert_close(case.slice(weight_grad(case, x, dy, torch.zeros_like(weight))), dw, **close)
+
+
+@fast_dtypes
+@with_cases([*CASES[::8], *LARGE])
+def test_weight_gradient_is_added_to_the_buffer(case, dtype):
+    x, weight, _ = case.tensors(dtype)
+    dy = output_gradient(case, x, weight)
+    buffer = torch.zeros_like(weight, dtype=torch.float32)
+    once = weight_grad(case, x, dy, buffer).clone()
+    twice = weight_grad(case, x, dy, buffer)
+    torch.testing.assert_close(twice, 2 * once)
+
+
+@fast_dtypes
+@with_cases([*CASES[::8], *LARGE])
+def test_repeats_are_equal(case, dtype):
+    x, weight, bias = case.tensors(dtype)
+    dy = output_gradient(case, x, weight)
+
+    def run():
+        dweight = weight_grad(case, x, dy, torch.zeros_like(weight))
+        return forward(case, x, weight, bias), input_grad(case, x, weight, dy), dweight
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
+
+
+@all_dtypes
+@with_cases(CASES[::4])
+def test_expanded_output_gradient(case, dtype):
+    """y.sum().backward() hands over a dy whose strides are all zero."""
+    x, weight, _ = case.tensors(dtype)
+    dy = torch.ones((), dtype=dtype).expand(forward(case, x, weight, None).shape)
+    exact_dx, exact_dw = torch_gradients(case, *doubles(x, weight, dy))
+    torch_dx, torch_dw = torch_gradients(case, x, weight, dy)
+    assert_as_accurate(input_grad(case, x, weight, dy), torch_dx, exact_dx, gradient=True)
+    dweight = weight_grad(case, x, dy, torch.zeros_like(weight))
+    assert_as_accurate(case.slice(dweight), torch_dw, exact_dw, gradient=True)
+
+
+# ---- autograd
+
+
+@with_cases(CASES)
+def test_gradcheck(case):
+    x, weight, bias = (None if t is None else t.nan_to_num().requires_grad_() for t in case.tensors(torch.float64))
+    small = max(x.numel(), weight.numel()) < 60
+    assert torch.autograd.gradcheck(lambda *args: forward(case, *args), (x, weight, bias), fast_mode=not small)
+
+
+def test_gradients_of_the_function():
+    case = CASES[9]
+    x, weight, bias = (None if t is None else t.nan_to_num().requires_grad_() for t in case.tensors(torch.float32))
+    y = forward(case, x, weight, bias)
+    dy = torch.randn_like(y)
+    dx, dweight = torch.autograd.grad(y, (x, weight), dy)
+    assert torch.equal(dx, input_grad(case, x, weight.detach(), dy))
+    assert torch.equal(dweight, weight_grad(case, x.detach(), dy, torch.zeros_like(weight)))
+
+
+def test_second_derivative_raises():
+    x, weight, _ = CASES[0].tensors(torch.float64)
+    x, weight = x.requires_grad_(), weight.nan_to_num().requires_grad_()
+    y = forward(CASES[0], x, weight, None)
+    for wrt in (x, weight):
+        (grad,) = torch.autograd.grad(y.square().sum(), wrt, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            grad.sum().backward(retain_graph=True)
+
+
+@with_cases(CASES[::5])
+def test_opcheck(case):
+    x, weight, bias = (None if t is None else t.nan_to_num() for t in case.tensors(torch.float32))
+    dy = output_gradient(case, x, weight)
+    geometry = [*(list(pair) for pair in case.geometry[:3]), case.groups]
+    ops = torch.ops.gradaug
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (x, weight, bias)]
+    torch.library.opcheck(ops.slim_conv2d.default, (*leaves, case.out_channels, *geometry))
+    torch.library.opcheck(ops.slim_conv2d_input_grad.default, (dy, weight, list(x.shape), *geometry))
+    torch.library.opcheck(ops.slim_conv2d_weight_grad_.default, (dy, x, torch.zeros_like(weight), *geometry))
+
+
+@pytest.mark.parametrize("buffer_dtype", [torch.float32, torch.bfloat16])
+def test_inside_autocast(buffer_dtype):
+    """The forward is cast like F.conv2d; the gradient kernels compute in the dtype that they are given."""
+    x, weight, _ = CASES[0].tensors(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = forward(CASES[0], x, weight, None)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, forward(CASES[0], x.bfloat16(), weight.bfloat16(), None))
+    dy = torch.randn(y.shape)
+    with torch.autocast("cpu", torch.bfloat16):
+        dx = input_grad(CASES[0], x, weight, dy)
+        dweight = weight_grad(CASES[0], x, dy, torch.zeros_like(weight, dtype=buffer_dtype))
+    assert torch.equal(dx, input_grad(CASES[0], x, weight, dy))
+    assert torch.equal(dweight, weight_grad(CASES[0], x, dy, torch.zeros_like(weight, dtype=buffer_dtype)))
+
+
+# ---- errors: expected, then received
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (ValueError, r"x must be \[N, C, H, W\], got 3 dimensions", {"x": torch.zeros(4, 5, 5)}),
+        (TypeError, "x must be a floating-point tensor, got torch.int32", {"x": torch.zeros(1, 4, 5, 5).int()}),
+        (ValueError, r"weight must be \[O, I / groups, KH, KW\], got 2 dim", {"weight": torch.zeros(8, 6)}),
+        (
+            TypeError,
+            "weight must have the dtype of x, torch.float32, got torch.float64",
+            {"weight": torch.zeros(8, 6, 3, 3).double()},
+        ),
+        (
+            TypeError,
+            "bias must have the dtype of x, torch.float32, got torch.bfloat16",
+            {"bias": torch.zeros(8).bfloat16()},
+        ),
+        (ValueError, r"out_channels must be in \[1, 8\], got 9", {"out_channels": 9}),
+        (ValueError, r"out_channels must be in \[1, 8\], got 0", {"out_channels": 0}),
+        (ValueError, "groups must divide 4 input and 8 output channels, got 3", {"groups": 3}),
+        (
+            ValueError,
+            r"x must have between 1 and 6 channels \(6 for each of 1 groups\), got 7",
+            {"x": torch.zeros(1, 7, 5, 5)},
+        ),
+        (ValueError, r"bias must have at least 8 elements, got shape \(7,\)", {"bias": torch.zeros(7)}),
+        (ValueError, r"stride must be two integers of at least 1, got \(0, 1\)", {"stride": (0, 1)}),
+        (ValueError, r"padding must be two integers of at least 0, got \(-1, -1\)", {"padding": -1}),
+        (ValueError, r"dilation must be two integers of at least 1, got \(1,\)", {"dilation": (1,)}),
+        (ValueError, "as large as the dilated kernel, 7, got 5 along height", {"dilation": 3}),
+    ],
+)
+def test_errors(error, message, change):
+    arguments = {"x": torch.zeros(1, 4, 5, 5), "weight": torch.zeros(8, 6, 3, 3), **change}
+    with pytest.raises(error, match=message):
+        gk.slim_conv2d(**arguments)
