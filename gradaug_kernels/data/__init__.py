@@ -1,5 +1,9 @@
 """Data sets: Fashion-MNIST (also embedded in the package), CIFAR-10 and CIFAR-100, and folders of images."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 from .._options import nearest
 from .cifar import cifar10, cifar100
 from .fashion_mnist import fashion_mnist
@@ -17,14 +21,14 @@ DATASETS = {
 __all__ = ["DATASETS", "BatchLoader", "ImageData", "ImageTensors", "find", "load"]
 
 
-def find(name):
+def find(name: str) -> Callable[..., ImageData]:
     """The function that loads data set `name`. Raises: ValueError naming the nearest for an unknown name."""
     if name not in DATASETS:
         raise ValueError(nearest("data set", name, DATASETS))
     return DATASETS[name]
 
 
-def load(name, root=None, **options):
+def load(name: str, root: str | Path | None = None, **options: Any) -> ImageData:
     """Load a data set.
 
     name: "fashion-mnist", "cifar10", "cifar100" or "image_folder"; root: its folder, or None for the data set's own

@@ -14,7 +14,7 @@ STATISTICS = {
 }
 
 
-def cifar10(root=None, *, download=False):
+def cifar10(root: str | Path | None = None, *, download: bool = False) -> ImageData:
     """CIFAR-10 from `root` (the folder that holds cifar-10-batches-py; by default the cache folder).
 
     Returns: ImageData. Raises: FileNotFoundError when it is not there and `download` is False.
@@ -22,7 +22,7 @@ def cifar10(root=None, *, download=False):
     return _cifar("cifar10", root, download)
 
 
-def cifar100(root=None, *, download=False):
+def cifar100(root: str | Path | None = None, *, download: bool = False) -> ImageData:
     """CIFAR-100 from `root` (the folder that holds cifar-100-python; by default the cache folder).
 
     Returns: ImageData. Raises: FileNotFoundError when it is not there and `download` is False.
@@ -43,14 +43,13 @@ def _cifar(name, root, download):
         try:
             stored = dataset(str(folder), train=train, download=download)
         except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(
-                f"data folder must hold {dataset.base_folder} (or be filled by data.download=true), got {folder}: {error}"
-            ) from None
+            got = f"{folder}: {error}" if download else f"{folder} without it; data.download=true fetches it"
+            raise FileNotFoundError(f"data folder must hold {dataset.base_folder}, got {got}") from None
         images = torch.from_numpy(stored.data)  # [N, 32, 32, 3]
         splits.append(ImageTensors(images, torch.tensor(stored.targets), mean, std))
     return ImageData(
         name=name,
-        origin=f"folder {folder}",
+        origin=f"from {folder}",
         classes=tuple(stored.classes),
         channels=3,
         size=32,

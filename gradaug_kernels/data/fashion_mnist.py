@@ -1,6 +1,6 @@
-"""Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, arXiv 1708.07747; MIT licence): 28x28 grey images of ten kinds of clothing.
+"""Fashion-MNIST: 28x28 grey images of ten kinds of clothing (Xiao, Rasul, Vollgraf 2017, arXiv 1708.07747).
 
-Padded with black to 32x32, so that CIFAR networks and the resolutions 32, 28, 24 run unchanged.
+MIT licence. Padded with black to 32x32, so that CIFAR networks and the resolutions 32, 28, 24 run unchanged.
 """
 
 import os
@@ -27,12 +27,12 @@ PACKAGE_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-f
 EMBEDDED_FOLDER = Path(__file__).parent / "fashion_mnist_subset"  # made by tools/make_fashion_mnist_subset.py
 
 
-def fashion_mnist(root=None, *, source="auto", download=False):
+def fashion_mnist(root: str | Path | None = None, *, source: str = "auto", download: bool = False) -> ImageData:
     """Fashion-MNIST from the first of: the folder `root`; Debian's package `dataset-fashion-mnist`, unpacked into a
     cache folder; torchvision's download into `root` or the cache folder, only with `download`; the 4,000 + 1,000
     images embedded in this package.
 
-    root: a folder with the four IDX files, plain, .gz or .xz, directly or under FashionMNIST/raw as torchvision has them.
+    root: a folder with the four IDX files, plain, .gz or .xz, directly or under FashionMNIST/raw as of torchvision.
     source: "auto" follows that order; "embedded" takes the embedded images unless `root` is given.
     Returns: ImageData. Raises: FileNotFoundError when `root` lacks a file, ValueError when a file is damaged.
     """
@@ -61,12 +61,12 @@ def _find(root, source, download):
                 f"data folder must hold Fashion-MNIST's four IDX files, got {root} without {', '.join(missing)}"
             )
         folder = complete or _download(root)
-        return folder, f"folder {folder}"
+        return folder, f"from {folder}"
     if source == "auto" and not _missing(PACKAGE_FOLDER):
-        return _unpack(PACKAGE_FOLDER, cache_folder() / "fashion-mnist"), "Debian package dataset-fashion-mnist"
+        return _unpack(PACKAGE_FOLDER, cache_folder() / "fashion-mnist"), "from Debian's dataset-fashion-mnist"
     if source == "auto" and download:
-        return _download(cache_folder()), "torchvision's download"
-    return EMBEDDED_FOLDER, "embedded subset (4,000 + 1,000 images)"
+        return _download(cache_folder()), "downloaded by torchvision"
+    return EMBEDDED_FOLDER, "embedded in the package"
 
 
 def _missing(folder):
@@ -113,7 +113,7 @@ def _read(folder, split):
     targets = torch.from_numpy(read_idx(find_idx(folder, targets_name)))  # [N]
     if images.ndim != 3 or images.shape[1:] != (28, 28):
         raise ValueError(f"{folder}/{images_name} must hold images of 28x28 pixels, got shape {list(images.shape)}")
-    if targets.ndim != 1 or len(targets) and int(targets.max()) >= len(CLASSES):
+    if targets.ndim != 1 or (targets >= len(CLASSES)).any():
         raise ValueError(f"{folder}/{targets_name} must hold one class from 0 to 9 per image, got others")
     images = F.pad(images, (2, 2, 2, 2))  # [N, 32, 32]
     return ImageTensors(images.unsqueeze(3), targets.long(), MEAN, STD)

@@ -125,7 +125,14 @@ class FolderLoader:
             yield images, targets.to(self.device, non_blocking=True)
 
 
-def image_folder(root=None, *, size=224, min_area=0.08, color_jitter=0.4, lighting=0.1):
+def image_folder(
+    root: str | Path | None = None,
+    *,
+    size: int = 224,
+    min_area: float = 0.08,
+    color_jitter: float = 0.4,
+    lighting: float = 0.1,
+) -> ImageData:
     """The images under root/train/<class> and root/val/<class> (or root/test/<class>).
 
     Training images: random crop of at least `min_area` of the area, resized to `size` pixels; horizontal flip;
@@ -156,7 +163,7 @@ def image_folder(root=None, *, size=224, min_area=0.08, color_jitter=0.4, lighti
     plain = v2.Compose([v2.ToImage(), v2.Resize(size * 256 // 224, antialias=True), v2.CenterCrop(size), *finish])
     return ImageData(
         name="image_folder",
-        origin=f"folder {root}",
+        origin=f"from {root}",
         classes=tuple(train_folder.classes),
         channels=3,
         size=size,

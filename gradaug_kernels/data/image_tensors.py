@@ -1,7 +1,8 @@
 """Small data sets held in memory as one uint8 tensor, and the vectorised loader over them.
 
 A batch is cropped, flipped and normalised by a handful of tensor operations, so that one CPU core keeps up with a
-small network. The order and the augmentations of epoch e depend on (seed, e) alone: a resumed run sees the same batches.
+small network. The order and the augmentations of epoch e depend on (seed, e) alone: a resumed run sees what the
+uninterrupted one does.
 """
 
 import math

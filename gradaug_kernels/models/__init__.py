@@ -1,5 +1,10 @@
 """Networks as plain PyTorch modules; `gradaug_kernels.convert` makes them slimmable."""
 
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
 from .._options import nearest
 from .cifar_resnet import CifarResNet, cifar_resnet
 from .wide_resnet import WideResNet, wide_resnet
@@ -9,7 +14,7 @@ MODELS = {"cifar_resnet": cifar_resnet, "wide_resnet": wide_resnet}
 __all__ = ["MODELS", "CifarResNet", "WideResNet", "build_model", "find"]
 
 
-def find(name):
+def find(name: str) -> Callable[..., nn.Module]:
     """The function (num_classes, in_channels, **options) that builds model `name`.
 
     name: a key of MODELS, or "torchvision/<name>" for a classification network of torchvision.
@@ -32,10 +37,10 @@ def find(name):
     return build
 
 
-def build_model(name, num_classes, in_channels=3, **options):
+def build_model(name: str, num_classes: int, in_channels: int = 3, **options: Any) -> nn.Module:
     """Build a network with random weights.
 
-    name: "cifar_resnet" (options depth, base_width), "wide_resnet" (depth, widen_factor, dropout) or
+    name: "cifar_resnet" (options depth, base_width, stem_stride), "wide_resnet" (depth, widen_factor, dropout) or
     "torchvision/resnet50" and the like; images: [N, in_channels, H, W]; logits: [N, num_classes].
     """
     return find(name)(num_classes, in_channels, **options)

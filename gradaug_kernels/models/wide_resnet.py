@@ -68,6 +68,8 @@ class WideResNet(nn.Module):
         return self.fc(F.adaptive_avg_pool2d(F.relu(self.bn(x)), 1).flatten(1))
 
 
-def wide_resnet(num_classes, in_channels=3, *, depth=28, widen_factor=10, dropout=0.0):
+def wide_resnet(
+    num_classes: int, in_channels: int = 3, *, depth: int = 28, widen_factor: int = 10, dropout: float = 0.0
+) -> WideResNet:
     """WideResNet with `depth` = 6n + 4 layers, `widen_factor` times the channels, `dropout` between convolutions."""
     return WideResNet(depth, widen_factor, num_classes, in_channels, dropout)

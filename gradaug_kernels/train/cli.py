@@ -2,10 +2,13 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from .config import load_config, parse_setting, preset_names
+from .folder import FILES
 from .info import collect_info, format_info
 
 SHORTCUTS = {"data": "data.root", "seed": "train.seed", "epochs": "train.epochs", "device": "train.device"}
@@ -27,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = _parser().parse_args(arguments)
         return command.run(command)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, FloatingPointError) as error:
         if command is not None and command.traceback:
             raise
@@ -42,8 +48,7 @@ def _parser():
     train = commands.add_parser(
         "train",
         help="train a network as a preset says",
-        description="Train a network as a preset says, and leave config.toml, metrics.csv, curves.png, checkpoint.pt and "
-        "summary.json in the output folder.",
+        description=f"Train a network as a preset says, and leave {', '.join(FILES)} in the output folder.",
     )
     train.add_argument("preset", metavar="PRESET", help=f"{', '.join(preset_names())}, or a TOML file")
     train.add_argument("--data", metavar="FOLDER", help="folder of the images (data.root)")
@@ -62,7 +67,7 @@ def _parser():
     info = commands.add_parser(
         "info",
         help="show versions, device, build configuration, and the backend of each operator",
-        description="Show versions, device, build configuration, and the backend that serves each operator on each device.",
+        description="Show versions, device, build configuration, and the backend of each operator on each device.",
     )
     info.add_argument("--json", action="store_true", help="as JSON")
     info.set_defaults(run=_info)
@@ -70,8 +75,6 @@ def _parser():
 
 
 def _train(command):
-    from pathlib import Path
-
     from .run import train
 
     settings = dict(map(parse_setting, command.set))

@@ -173,7 +173,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 def difference(config: Config, other: Config, free: tuple[str, ...] = ()) -> str | None:
-    """The first "section.key" in which two configurations differ, leaving out those in `free`; None if there is none."""
+    """The first "section.key", of those not in `free`, in which two configurations differ; None if they do not."""
     ours, theirs = to_tables(config), to_tables(other)
     for section, table in ours.items():
         for key in {**table, **theirs[section]}:

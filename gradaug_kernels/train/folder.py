@@ -59,7 +59,7 @@ def open_folder(out: Path, config: Config, resume: bool, overwrite: bool) -> dic
     if out.exists() and any(out.iterdir()):
         if not overwrite:
             raise FileExistsError(
-                f"output folder must be new or empty, got {out} with files in it; --resume goes on, --overwrite starts anew"
+                f"output folder must be new or empty, got {out}; --resume goes on, --overwrite starts anew"
             )
         for name in FILES:
             (out / name).unlink(missing_ok=True)

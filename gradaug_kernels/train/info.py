@@ -13,8 +13,8 @@ from .._library import backends, build_config
 
 def collect_info() -> dict[str, Any]:
     """Versions, devices, build configuration, and {operator: {device: backend}} as plain values for JSON."""
-    versions = {"gradaug_kernels": gk.__version__, "python": platform.python_version()}
-    for package in ("torch", "torchvision", "triton", "numpy"):
+    versions = {"gradaug_kernels": gk.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    for package in ("torchvision", "triton", "numpy"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

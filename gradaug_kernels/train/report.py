@@ -10,7 +10,10 @@ Row = dict[str, int | float]  # one epoch's figures by column name, the same col
 
 
 def write_metrics(path: Path, history: list[Row]) -> None:
-    """One line per epoch; losses are means over the epoch's iterations, accuracies in percent."""
+    """One line per epoch; losses are means over the epoch's iterations, accuracies in percent.
+
+    loss_subnet_1 is of the widest sub-network of each step, the last one of that of minimum width.
+    """
     with complete_file(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(history[0]))
         writer.writeheader()
@@ -42,19 +45,14 @@ def write_curves(path: Path, history: list[Row], widths: dict[str, float], evalu
     draw(loss, "eval_loss", color=blue, linestyle="--", label=f"full network, {evaluated_on}")
     loss.set(title="Loss", xlabel="epoch", ylabel="cross entropy", yscale="log")
     subnets = [column for column in history[0] if column.startswith("loss_subnet_")]
-    for number, column in enumerate(subnets):
-        label = "sub-network of minimum width" if number == 0 else "sub-networks of random width"
-        shade = ["#2e8b57", "#7fbf7b", "#b8e0b0"][min(number, 2)]
-        draw(loss, column, color=shade, label=label if number < 2 else None)
+    for number, column in enumerate(subnets, 1):
+        last = number == len(subnets)
+        label = "sub-network of minimum width" if last else "sub-networks of random width" if number == 1 else None
+        draw(loss, column, color="#2e8b57" if last else "#9fd19f", label=label)
     if subnets:
-        loss.set_ylabel("cross entropy; KL divergence for sub-networks")
+        loss.set_ylabel("cross entropy (sub-networks: KL divergence)")
     draw(accuracy, "train_top1", color=orange, label="training images, augmented")
-    draw(accuracy, "eval_top1", color=blue, label=f"{evaluated_on} images")
-    last = history[-1]
-    accuracy.annotate(
-        f"{last['eval_top1']:.2f} %", (last["epoch"], last["eval_top1"]), (-4, -14), textcoords="offset points",
-        ha="right", color=blue,
-    )  # fmt: skip
+    draw(accuracy, "eval_top1", color=blue, label=f"{evaluated_on} images, {history[-1]['eval_top1']:.2f} % at the end")
     accuracy.set(title="Accuracy of the full network", xlabel="epoch", ylabel="top-1 accuracy (%)")
     if panels == 3:
         values = sorted((float(width), top1) for width, top1 in widths.items())
@@ -62,7 +60,10 @@ def write_curves(path: Path, history: list[Row], widths: dict[str, float], evalu
         for width, top1 in values:
             axes[2].annotate(f"{top1:.1f}", (width, top1), (0, 6), textcoords="offset points", ha="center", fontsize=8)
         axes[2].set(title="Accuracy after calibration", xlabel="width", ylabel="top-1 accuracy (%)")
-        axes[2].margins(x=0.08, y=0.18)
+        low, high = min(widths.values()), max(widths.values())
+        margin = max(0.2 * (high - low), 1.0)  # differences below a percent should not look large
+        axes[2].set_ylim(low - margin, high + margin)
+        axes[2].margins(x=0.08)
     for axis in axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

@@ -122,6 +122,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, overwrite: b
         # Report
         last = history[-1]
         widths = _evaluate_widths(model, images, test_loader, config, at_loader, last["eval_top1"], autocast_dtype)
+        save()  # with the widths' statistics
     summary = {
         "preset": config.preset,
         "top1": last["eval_top1"],
@@ -157,7 +158,8 @@ def _train_epoch(step, model, loader, epoch, epochs, config, device):
     model.train()
     loader.set_epoch(epoch)
     torch.manual_seed(mix_seed(config.train.seed, epoch))  # dropout, so that a resumed epoch repeats it
-    totals = torch.zeros(1 + config.gradaug.num_subnets, device=device)  # losses: full network, then sub-networks
+    names = ["loss_full", *(f"loss_subnet_{number + 1}" for number in range(config.gradaug.num_subnets))]
+    totals = torch.zeros(len(names), device=device)
     correct = torch.zeros((), device=device)
     lr = step.optimizer.param_groups[0]["lr"]
     bar = tqdm(loader, desc=f"epoch {epoch + 1}/{epochs}", unit="batch", leave=False, dynamic_ncols=True, disable=None)
@@ -167,16 +169,16 @@ def _train_epoch(step, model, loader, epoch, epochs, config, device):
         correct += (losses.logits.argmax(1) == targets).sum()
         if iteration % CHECK_EVERY == 0 or iteration == len(loader):
             means = (totals / iteration).tolist()
-            if not all(map(math.isfinite, means)):
-                raise FloatingPointError(f"loss must be finite, got {losses.full.item()} in epoch {epoch + 1}")
+            for name, mean in zip(names, means, strict=True):
+                if not math.isfinite(mean):
+                    raise FloatingPointError(f"loss must be finite, got {mean} as {name} in epoch {epoch + 1}")
             bar.set_postfix(loss=f"{means[0]:.3f}", refresh=False)
     seconds = time.perf_counter() - started
     count = len(loader) * config.train.batch_size
     return {
         "epoch": epoch + 1,
         "lr": lr,
-        "loss_full": means[0],
-        **{f"loss_subnet_{number}": mean for number, mean in enumerate(means[1:], 1)},
+        **dict(zip(names, means, strict=True)),
         "train_top1": 100 * correct.item() / count,
         "seconds": seconds,
         "images_per_second": count / seconds,
