@@ -5,17 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from .._options import nearest
-from .cifar import cifar10, cifar100
-from .fashion_mnist import fashion_mnist
+from . import cifar, fashion_mnist, image_folder
 from .image_data import ImageData
-from .image_folder import image_folder
 from .image_tensors import BatchLoader, ImageTensors
 
 DATASETS = {
-    "fashion-mnist": fashion_mnist,
-    "cifar10": cifar10,
-    "cifar100": cifar100,
-    "image_folder": image_folder,
+    "fashion-mnist": fashion_mnist.fashion_mnist,
+    "cifar10": cifar.cifar10,
+    "cifar100": cifar.cifar100,
+    "image_folder": image_folder.image_folder,
 }
 
 __all__ = ["DATASETS", "BatchLoader", "ImageData", "ImageTensors", "find", "load"]

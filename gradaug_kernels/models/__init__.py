@@ -6,10 +6,11 @@ from typing import Any
 from torch import nn
 
 from .._options import nearest
-from .cifar_resnet import CifarResNet, cifar_resnet
-from .wide_resnet import WideResNet, wide_resnet
+from . import cifar_resnet, wide_resnet
+from .cifar_resnet import CifarResNet
+from .wide_resnet import WideResNet
 
-MODELS = {"cifar_resnet": cifar_resnet, "wide_resnet": wide_resnet}
+MODELS = {"cifar_resnet": cifar_resnet.cifar_resnet, "wide_resnet": wide_resnet.wide_resnet}
 
 __all__ = ["MODELS", "CifarResNet", "WideResNet", "build_model", "find"]
 

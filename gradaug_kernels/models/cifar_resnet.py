@@ -21,12 +21,11 @@ class BasicBlock(nn.Module):
         self.stride = stride
 
     def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
+        y = self.conv2(F.relu(self.bn1(self.conv1(x))))
         if self.stride != 1:
             x = x[:, :, :: self.stride, :: self.stride]
             x = F.pad(x, (0, 0, 0, 0, 0, y.shape[1] - x.shape[1]))  # [N, C_out, H / stride, W / stride]
-        return F.relu(y + x)
+        return F.relu(self.bn2(y) + x)
 
 
 class CifarResNet(nn.Module):
