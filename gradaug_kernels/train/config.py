@@ -247,6 +247,7 @@ def _check_ranges(config):
     gradaug, optimizer, schedule, run, evaluate = (
         config.gradaug, config.optimizer, config.schedule, config.train, config.evaluate
     )  # fmt: skip
+    require(run.epochs >= 1, "train.epochs", "at least 1")
     require(config.data.holdout >= 0, "data.holdout", "at least 0")
     require(config.data.workers >= 0, "data.workers", "at least 0")
     require(gradaug.num_subnets >= 0, "gradaug.num_subnets", "at least 0")
@@ -263,7 +264,6 @@ def _check_ranges(config):
     require(
         bool(schedule.milestones) == (schedule.name == "step"), "schedule.milestones", 'set for "step", and only for it'
     )
-    require(run.epochs >= 1, "train.epochs", "at least 1")
     require(run.batch_size >= 1, "train.batch_size", "at least 1")
     require(run.seed >= 0, "train.seed", "at least 0")
     require(run.precision in ("fp32", "bf16"), "train.precision", '"fp32" or "bf16"')
