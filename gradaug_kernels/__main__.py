@@ -1,0 +1,7 @@
+"""`python -m gradaug_kernels` is the command `gradaug`."""
+
+import sys
+
+from .train.cli import main
+
+sys.exit(main())

@@ -1,0 +1,45 @@
+"""What every data set of this package offers: two splits and what a network and a report need to know of them."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .image_tensors import mix_seed
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageData:
+    """train, test: data sets with `len`, items (image [C, H, W] float32, target int), `subset(indices)` and
+    `loader(batch_size, *, train=False, augment=None, seed=0, device="cpu", workers=0)`, whose loaders have
+    `set_epoch(e)` and yield (images [B, C, H, W] float32, targets [B] int64) on the device.
+
+    origin: where the images come from, in words; channels: of an image; size: height and width in pixels.
+    """
+
+    name: str
+    origin: str
+    classes: tuple[str, ...]
+    channels: int
+    size: int
+    train: Any
+    test: Any
+
+    def hold_out(self, count, seed=0):
+        """Move `count` random training images, chosen by `seed`, into the place of the test images.
+
+        Settings can then be compared without looking at the test images. Returns: ImageData.
+        """
+        if not 0 < count < len(self.train):
+            raise ValueError(f"holdout must be between 1 and {len(self.train) - 1} training images, got {count}")
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(mix_seed(seed)))
+        held, kept = order[:count], order[count:]
+        return dataclasses.replace(self, train=self.train.subset(kept), test=self.train.subset(held))
+
+
+def cache_folder():
+    """This package's own cache folder: $XDG_CACHE_HOME/gradaug_kernels, by default under ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "gradaug_kernels"

@@ -1,0 +1,104 @@
+"""The command line: `gradaug train PRESET` and `gradaug info`."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .config import load_config, parse_setting, preset_names
+from .folder import FILES
+from .info import collect_info, format_info
+
+SHORTCUTS = {"data": "data.root", "seed": "train.seed", "epochs": "train.epochs", "device": "train.device"}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors in the form of all others: one sentence, exit status 2."""
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments` (default: sys.argv). Returns: the exit status.
+
+    0: done; 2: something in the input is wrong, and one sentence on stderr says what; 130: interrupted.
+    """
+    command = None
+    try:
+        command = _parser().parse_args(arguments)
+        return command.run(command)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, FloatingPointError) as error:
+        if command is not None and command.traceback:
+            raise
+        print(f"gradaug: error: {_sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def _parser():
+    parser = Parser(prog="gradaug", description="Train and inspect slimmable networks and GradAug.")
+    parser.set_defaults(traceback=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train a network as a preset says",
+        description=f"Train a network as a preset says, and leave {', '.join(FILES)} in the output folder.",
+    )
+    train.add_argument("preset", metavar="PRESET", help=f"{', '.join(preset_names())}, or a TOML file")
+    train.add_argument("--data", metavar="FOLDER", help="folder of the images (data.root)")
+    train.add_argument("--out", metavar="FOLDER", help="output folder (default: runs/PRESET)")
+    train.add_argument("--seed", type=int, help="seed of all draws (train.seed)")
+    train.add_argument("--epochs", type=int, help="passes over the training images (train.epochs)")
+    train.add_argument("--device", help='"auto", "cpu" or "cuda" (train.device)')
+    train.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="any key of the preset, e.g. optimizer.lr=0.05"
+    )
+    train.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
+    train.add_argument("--overwrite", action="store_true", help="remove an earlier run from the output folder")
+    train.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
+    train.set_defaults(run=_train)
+
+    info = commands.add_parser(
+        "info",
+        help="show versions, device, build configuration, and the backend of each operator",
+        description="Show versions, device, build configuration, and the backend of each operator on each device.",
+    )
+    info.add_argument("--json", action="store_true", help="as JSON")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _train(command):
+    from .run import train
+
+    settings = dict(map(parse_setting, command.set))
+    for name, key in SHORTCUTS.items():
+        if getattr(command, name) is not None:
+            settings[key] = getattr(command, name)
+    config = load_config(command.preset, settings)
+    out = Path(command.out or f"runs/{config.preset}")
+    try:
+        train(config, out, resume=command.resume, overwrite=command.overwrite)
+    except KeyboardInterrupt:
+        print(f"gradaug: interrupted; --resume --out {out} goes on after the last complete epoch", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _info(command):
+    info = collect_info()
+    print(json.dumps(info, indent=2) if command.json else format_info(info))
+    return 0
+
+
+def _sentence(error):
+    """The error's message on one line; of an error that a worker process passed on, what it said in the end."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    line = lines[-1] if "Traceback" in str(error) else " ".join(lines)
+    return line.removeprefix("ValueError: ")

@@ -1,0 +1,272 @@
+"""The configuration of a training run: defaults, presets (TOML), and single keys from the command line.
+
+[data] and [model] also take the keyword options of the data set and the network that they name, e.g. model.depth.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import typing
+from pathlib import Path
+from typing import Any
+
+from .. import data, models
+from .._options import keyword_options, nearest
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    name: str = "fashion-mnist"
+    root: str = ""  # folder of the images; empty: the data set's own places
+    holdout: int = 0  # so many training images are evaluated in place of the test images
+    workers: int = 0  # processes that read image files
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    name: str = "cifar_resnet"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class GradAugConfig:
+    num_subnets: int = 3  # the one of minimum width included; 0: plain training
+    min_width: float = 0.8
+    resolutions: tuple[int, ...] = ()  # pixels; empty: the images' own size
+    reduction: str = "sum"  # of the full network's and the sub-networks' losses: "sum" (published) or "mean"
+    divisor: int = 1  # channel counts are multiples of it
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    name: str = "cosine"  # "cosine": to 0, per iteration; "step": x gamma at each of the milestones
+    warmup_epochs: float = 0.0  # linear, from 0
+    milestones: tuple[int, ...] = ()  # epochs
+    gamma: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    epochs: int = 200
+    batch_size: int = 128
+    seed: int = 0
+    device: str = "auto"  # "auto": CUDA where there is one
+    precision: str = "fp32"  # or "bf16": autocast, weights stay fp32
+    channels_last: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    batch_size: int = 250
+    widths: tuple[float, ...] = (0.8, 0.85, 0.9, 0.95, 1.0)  # calibrated and evaluated after training
+    calibration_batches: int = 0  # of training images; 0: all of them
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    preset: str
+    data: DataConfig
+    model: ModelConfig
+    gradaug: GradAugConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig
+
+
+SECTIONS = {
+    field.name: typing.get_type_hints(Config)[field.name]
+    for field in dataclasses.fields(Config)
+    if field.name != "preset"
+}
+BUILDERS = {"data": data.find, "model": models.find}  # the sections that take the options of what they name
+
+
+def preset_names() -> list[str]:
+    """The names of the presets in this package."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def load_config(preset: str, settings: dict[str, Any] | None = None) -> Config:
+    """The resolved configuration of a preset.
+
+    preset: a name in `preset_names()`, or the path of a TOML file (a run's own config.toml, for one).
+    settings: {"section.key": value} that override it.
+    Raises: ValueError for an unknown preset, section or key (naming the nearest) and for a value of the wrong type or
+    outside its range; FileNotFoundError for a path that does not exist.
+    """
+    if preset.endswith(".toml"):
+        path = Path(preset)
+        if not path.is_file():
+            raise FileNotFoundError(f"preset must be a name or an existing TOML file, got {preset}")
+    else:
+        path = PRESETS / f"{preset}.toml"
+        if preset not in preset_names():
+            raise ValueError(nearest("preset", preset, preset_names()))
+    try:
+        tables = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} must be a TOML file, got: {error}") from None
+    name = tables.pop("preset", preset)
+    for section, table in tables.items():
+        if not isinstance(table, dict):
+            raise ValueError(f"{path} must hold keys in sections, got {section} outside of one")
+    for key, value in (settings or {}).items():
+        section, dot, name_in_section = key.partition(".")
+        if not dot or section not in SECTIONS:
+            raise ValueError(_unknown_key(key, tables))
+        tables.setdefault(section, {})[name_in_section] = value
+    return from_tables(name, tables)
+
+
+def from_tables(preset: str, tables: dict[str, dict[str, Any]]) -> Config:
+    """The configuration held in nested dicts, checked; what is absent keeps its default."""
+    sections = {}
+    for section, table in tables.items():
+        if section not in SECTIONS:
+            raise ValueError(nearest("section", section, SECTIONS))
+        sections[section] = table
+    parsed = {name: _parse(name, kind, sections.get(name, {}), tables) for name, kind in SECTIONS.items()}
+    config = Config(preset=preset, **parsed)
+    _check_ranges(config)
+    return config
+
+
+def to_tables(config: Config) -> dict[str, dict[str, Any]]:
+    """The inverse of `from_tables`: nested dicts of plain values."""
+    tables = {}
+    for name in SECTIONS:
+        table = dataclasses.asdict(getattr(config, name))
+        table |= table.pop("options", {})
+        tables[name] = {key: list(value) if isinstance(value, tuple) else value for key, value in table.items()}
+    return tables
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as a TOML file that `load_config` reads."""
+    lines = [f"preset = {_toml(config.preset)}"]
+    for section, table in to_tables(config).items():
+        lines += ["", f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in table.items())]
+    return "\n".join(lines) + "\n"
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """`section.key=value` as (key, value). The value is read as TOML; what is not TOML is a string."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set must be given section.key=value, got {text}")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def difference(config: Config, other: Config, free: tuple[str, ...] = ()) -> str | None:
+    """The first "section.key", of those not in `free`, in which two configurations differ; None if they do not."""
+    ours, theirs = to_tables(config), to_tables(other)
+    for section, table in ours.items():
+        for key in {**table, **theirs[section]}:
+            if f"{section}.{key}" not in free and table.get(key) != theirs[section].get(key):
+                return f"{section}.{key}"
+    return None
+
+
+def _parse(section, kind, table, tables):
+    """One section's dataclass from its table."""
+    hints = typing.get_type_hints(kind)
+    options = {}
+    if section in BUILDERS:
+        hints.pop("options")
+        name = _typed(f"{section}.name", table.get("name", kind.name), str)
+        options = keyword_options(BUILDERS[section](name))
+    values = {}
+    for key, value in table.items():
+        if key not in hints and key not in options:
+            raise ValueError(_unknown_key(f"{section}.{key}", tables))
+        values[key] = _typed(f"{section}.{key}", value, hints.get(key) or type(options[key]))
+    if section not in BUILDERS:
+        return kind(**values)
+    fields = {key: value for key, value in values.items() if key in hints}
+    return kind(**fields, options={key: values.get(key, default) for key, default in options.items()})
+
+
+def _unknown_key(key, tables):
+    known = []
+    for section, kind in SECTIONS.items():
+        names = [field.name for field in dataclasses.fields(kind) if field.name != "options"]
+        if section in BUILDERS:
+            names += keyword_options(BUILDERS[section](tables.get(section, {}).get("name", kind.name)))
+        known += [f"{section}.{name}" for name in names]
+    # A mistyped or forgotten section should not hide a key whose own name is right.
+    ends = [name for name in known if name.split(".")[1] == key.split(".")[-1]]
+    return nearest("key", key, difflib.get_close_matches(key, ends, n=1, cutoff=0.0) or known)
+
+
+def _typed(key, value, kind):
+    """`value` as `kind`; an integer may stand for a float, a list for a tuple."""
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{key} must be a list, got {_toml(value)}")
+        return tuple(_typed(f"each entry of {key}", entry, typing.get_args(kind)[0]) for entry in value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        names = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+        raise ValueError(f"{key} must be {names[kind]}, got {_toml(value)}")
+    return value
+
+
+def _toml(value):
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_toml, value))}]"
+    return str(value)
+
+
+def _check_ranges(config):
+    def require(condition, key, expected):
+        if not condition:
+            section, name = key.split(".")
+            raise ValueError(f"{key} must be {expected}, got {_toml(getattr(getattr(config, section), name))}")
+
+    gradaug, optimizer, schedule, run, evaluate = (
+        config.gradaug, config.optimizer, config.schedule, config.train, config.evaluate
+    )  # fmt: skip
+    require(run.epochs >= 1, "train.epochs", "at least 1")
+    require(config.data.holdout >= 0, "data.holdout", "at least 0")
+    require(config.data.workers >= 0, "data.workers", "at least 0")
+    require(gradaug.num_subnets >= 0, "gradaug.num_subnets", "at least 0")
+    require(0 < gradaug.min_width <= 1, "gradaug.min_width", "in (0, 1]")
+    require(all(size >= 1 for size in gradaug.resolutions), "gradaug.resolutions", "sizes of at least 1 pixel")
+    require(gradaug.reduction in ("sum", "mean"), "gradaug.reduction", '"sum" or "mean"')
+    require(gradaug.divisor >= 1, "gradaug.divisor", "at least 1")
+    require(optimizer.lr >= 0, "optimizer.lr", "at least 0")
+    require(0 <= optimizer.momentum < 1, "optimizer.momentum", "in [0, 1)")
+    require(optimizer.weight_decay >= 0, "optimizer.weight_decay", "at least 0")
+    require(optimizer.momentum > 0 or not optimizer.nesterov, "optimizer.nesterov", "false without momentum")
+    require(schedule.name in ("cosine", "step"), "schedule.name", '"cosine" or "step"')
+    require(0 <= schedule.warmup_epochs <= run.epochs, "schedule.warmup_epochs", f"in [0, {run.epochs}]")
+    require(
+        bool(schedule.milestones) == (schedule.name == "step"), "schedule.milestones", 'set for "step", and only for it'
+    )
+    require(run.batch_size >= 1, "train.batch_size", "at least 1")
+    require(run.seed >= 0, "train.seed", "at least 0")
+    require(run.precision in ("fp32", "bf16"), "train.precision", '"fp32" or "bf16"')
+    require(evaluate.batch_size >= 1, "evaluate.batch_size", "at least 1")
+    require(all(0 < width <= 1 for width in evaluate.widths), "evaluate.widths", "widths in (0, 1]")
+    require(evaluate.calibration_batches >= 0, "evaluate.calibration_batches", "at least 0")

@@ -1,0 +1,56 @@
+"""What `gradaug info` shows."""
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+
+import gradaug_kernels as gk
+
+from .._library import backends, build_config
+
+
+def collect_info() -> dict[str, Any]:
+    """Versions, devices, build configuration, and {operator: {device: backend}} as plain values for JSON."""
+    versions = {"gradaug_kernels": gk.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    for package in ("torchvision", "triton", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "versions": versions,
+        "device": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "cuda": torch.version.cuda,
+            "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        },
+        "build": build_config(),
+        "ops": backends(),
+    }
+
+
+def format_info(info: dict[str, Any]) -> str:
+    """The same as a table for people."""
+    lines = []
+    for section in ("versions", "device", "build"):
+        lines.append(section)
+        entries = info[section] or {"native code": "none built"}
+        lines += [f"  {name:<16} {_text(value)}" for name, value in entries.items()]
+    devices = sorted({device for served in info["ops"].values() for device in served})
+    width = max([9, *map(len, info["ops"])])
+    lines += ["operators", f"  {'':<{width}} " + " ".join(f"{device:<10}" for device in devices)]
+    for name, served in info["ops"].items():
+        lines.append(f"  {name:<{width}} " + " ".join(f"{served.get(device, '-'):<10}" for device in devices))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _text(value):
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)

@@ -1,0 +1,276 @@
+"""One training run from top to bottom: configuration, data, network, loop, report."""
+
+import contextlib
+import json
+import math
+import platform
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import gradaug_kernels as gk
+
+from .. import data, models
+from ..data.image_tensors import mix_seed
+from .config import Config, to_tables
+from .folder import CHECKPOINT, complete_file, open_folder, write_checkpoint
+from .report import closing_table, epoch_line, write_curves, write_metrics
+
+CHECK_EVERY = 20  # iterations between looks at the loss: each look waits for the device
+
+
+def train(config: Config, out: str | Path, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Train as `config` says and leave config.toml, metrics.csv, curves.png, checkpoint.pt and summary.json in `out`.
+
+    The network of the last epoch is reported; no epoch is chosen by its accuracy. A run that was stopped goes on with
+    `resume` from its last complete epoch and ends with the weights that it would have had without the stop.
+
+    Returns: the content of summary.json, accuracies in percent.
+    Raises: FileExistsError when `out` is not empty and neither `resume` nor `overwrite` is set; FloatingPointError
+    when the loss is not finite, in which case the checkpoint of the last complete epoch stays.
+    """
+    start = time.perf_counter()
+    out = Path(out)
+    device = _device(config.train.device)
+    seed, epochs = config.train.seed, config.train.epochs
+
+    # Data
+    images = data.load(config.data.name, config.data.root or None, **config.data.options)
+    evaluated_on = "test"
+    if config.data.holdout:
+        images, evaluated_on = images.hold_out(config.data.holdout, seed), "held-out"
+    at_loader = {"device": device, "workers": config.data.workers}
+    train_loader = images.train.loader(config.train.batch_size, train=True, seed=seed, **at_loader)
+    test_loader = images.test.loader(config.evaluate.batch_size, **at_loader)
+
+    # Network
+    torch.manual_seed(seed)
+    model = models.build_model(config.model.name, len(images.classes), images.channels, **config.model.options)
+    model = gk.convert(model, divisor=config.gradaug.divisor)
+    _check_widths(model, (config.gradaug.min_width, *config.evaluate.widths))
+    model.to(device, memory_format=torch.channels_last if config.train.channels_last else torch.contiguous_format)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=config.optimizer.lr,
+        momentum=config.optimizer.momentum,
+        nesterov=config.optimizer.nesterov,
+        weight_decay=config.optimizer.weight_decay,
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(config, len(train_loader)))
+    autocast_dtype = torch.bfloat16 if config.train.precision == "bf16" else None
+    step = gk.GradAug(
+        model,
+        optimizer,
+        num_subnets=config.gradaug.num_subnets,
+        min_width=config.gradaug.min_width,
+        resolutions=config.gradaug.resolutions or None,
+        reduction=config.gradaug.reduction,
+        scheduler=scheduler,
+        seed=seed,
+        autocast_dtype=autocast_dtype,
+    )
+
+    # Where an earlier run stopped
+    history, seconds_before = [], 0.0
+    checkpoint = open_folder(out, config, resume, overwrite)
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scheduler.load_state_dict(checkpoint["scheduler"])
+        step.load_state_dict(checkpoint["gradaug"])
+        history, seconds_before = checkpoint["history"], checkpoint["seconds"]
+
+    def save():
+        write_checkpoint(
+            out / CHECKPOINT,
+            preset=config.preset,
+            config=to_tables(config),
+            epoch=len(history),
+            model=model.state_dict(),
+            optimizer=optimizer.state_dict(),
+            scheduler=scheduler.state_dict(),
+            gradaug=step.state_dict(),
+            history=history,
+            seconds=seconds_before + time.perf_counter() - start,
+        )
+
+    if checkpoint is None:
+        save()
+    counts = f"{len(images.train):,} training and {len(images.test):,} {evaluated_on} images"
+    print(f"{config.preset}: {counts}, {images.origin}")
+
+    # Loop
+    with _sigterm_interrupts():
+        for epoch in range(len(history), epochs):
+            try:
+                row = _train_epoch(step, model, train_loader, epoch, epochs, config, device)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error}; {out / CHECKPOINT} keeps the state after epoch {epoch}") from None
+            loss, top1, top5 = evaluate(model, test_loader, autocast_dtype)
+            history.append(row | {"eval_loss": loss, "eval_top1": top1, "eval_top5": top5})
+            save()
+            write_metrics(out / "metrics.csv", history)
+            per_epoch = sum(row["seconds"] for row in history) / len(history)
+            print(epoch_line(history[-1], epochs, evaluated_on, per_epoch * (epochs - epoch - 1)))
+
+        # Report
+        last = history[-1]
+        widths = _evaluate_widths(model, images, test_loader, config, at_loader, last["eval_top1"], autocast_dtype)
+        save()  # with the widths' statistics
+    summary = {
+        "preset": config.preset,
+        "top1": last["eval_top1"],
+        "top5": last["eval_top5"],
+        "evaluated_on": evaluated_on,
+        "widths": widths,
+        "seconds": seconds_before + time.perf_counter() - start,
+        "seed": seed,
+        "images_per_second": epochs * len(train_loader) * config.train.batch_size / sum(r["seconds"] for r in history),
+        "epochs": epochs,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "data": images.origin,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "gradaug_kernels": gk.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    write_metrics(out / "metrics.csv", history)
+    title = f"{config.preset}: {config.model.name}, {summary['parameters']:,} parameters, seed {seed}"
+    write_curves(out / "curves.png", history, widths, evaluated_on, title)
+    with complete_file(out / "summary.json") as path:
+        path.write_text(json.dumps(summary, indent=2) + "\n")
+    print(closing_table(summary, out))
+    return summary
+
+
+def _train_epoch(step, model, loader, epoch, epochs, config, device):
+    """One epoch. Returns: its row of metrics.csv, without the evaluation."""
+    started = time.perf_counter()
+    model.train()
+    loader.set_epoch(epoch)
+    torch.manual_seed(mix_seed(config.train.seed, epoch))  # dropout, so that a resumed epoch repeats it
+    names = ["loss_full", *(f"loss_subnet_{number + 1}" for number in range(config.gradaug.num_subnets))]
+    totals = torch.zeros(len(names), device=device)
+    correct = torch.zeros((), device=device)
+    lr = step.optimizer.param_groups[0]["lr"]
+    bar = tqdm(loader, desc=f"epoch {epoch + 1}/{epochs}", unit="batch", leave=False, dynamic_ncols=True, disable=None)
+    for iteration, (images, targets) in enumerate(bar, 1):
+        losses = step(images, targets)
+        totals += torch.stack([losses.full, *losses.subnets]).detach()
+        correct += (losses.logits.argmax(1) == targets).sum()
+        if iteration % CHECK_EVERY == 0 or iteration == len(loader):
+            means = (totals / iteration).tolist()
+            for name, mean in zip(names, means, strict=True):
+                if not math.isfinite(mean):
+                    raise FloatingPointError(f"loss must be finite, got {mean} as {name} in epoch {epoch + 1}")
+            bar.set_postfix(loss=f"{means[0]:.3f}", refresh=False)
+    seconds = time.perf_counter() - started
+    count = len(loader) * config.train.batch_size
+    return {
+        "epoch": epoch + 1,
+        "lr": lr,
+        **dict(zip(names, means, strict=True)),
+        "train_top1": 100 * correct.item() / count,
+        "seconds": seconds,
+        "images_per_second": count / seconds,
+    }
+
+
+@torch.no_grad()
+def evaluate(model, loader, autocast_dtype=None) -> tuple[float, float, float]:
+    """Mean cross entropy, top-1 and top-5 accuracy (percent) of the model at its current width over a loader."""
+    model.eval()
+    loss, top1, top5, count = 0.0, 0, 0, 0
+    for images, targets in loader:
+        with torch.autocast(images.device.type, autocast_dtype, enabled=autocast_dtype is not None):
+            logits = model(images)  # [B, classes]
+        logits = logits.float()
+        loss += F.cross_entropy(logits, targets, reduction="sum").item()
+        best = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # [B, 5]
+        top1 += best[:, 0].sum().item()
+        top5 += best.sum().item()
+        count += len(targets)
+    return loss / count, 100 * top1 / count, 100 * top5 / count
+
+
+def _evaluate_widths(model, images, test_loader, config, at_loader, full_top1, autocast_dtype):
+    """{"0.8": top-1 in percent, ...} of the configured widths, with statistics of unaugmented training images.
+
+    The full network keeps the statistics of its training, so its accuracy is known already.
+    """
+    narrow = sorted(width for width in set(config.evaluate.widths) if width != 1)
+    widths = {}
+    if narrow:
+        loader = images.train.loader(
+            config.train.batch_size, train=True, augment=False, seed=config.train.seed, **at_loader
+        )
+        gk.calibrate(model, narrow, loader, config.evaluate.calibration_batches or None)
+    for width in narrow:
+        with gk.use_width(model, width):
+            widths[str(width)] = evaluate(model, test_loader, autocast_dtype)[1]
+    return widths | {"1.0": full_top1}
+
+
+def _check_widths(model, widths):
+    """Refuse a width that leaves a layer without channels before anything is written, not in the first step."""
+    for layer in model.modules():
+        if isinstance(layer, gk.FastSlimConv2d) and layer.slim_out and layer.groups == 1:
+            gk.round_channels(layer.out_channels, min(widths), layer.divisor)
+        elif isinstance(layer, gk.SlimLinear) and layer.slim_out:
+            gk.round_channels(layer.out_features, min(widths), layer.divisor)
+
+
+def _schedule(config, iterations_per_epoch):
+    """The learning rate's factor at each iteration, counted from 0."""
+    schedule, total = config.schedule, config.train.epochs * iterations_per_epoch
+    warmup = schedule.warmup_epochs * iterations_per_epoch
+
+    def factor(iteration):
+        if iteration < warmup:
+            return (iteration + 1) / warmup
+        if schedule.name == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * iteration / total))
+        passed = sum(iteration >= milestone * iterations_per_epoch for milestone in schedule.milestones)
+        return schedule.gamma**passed
+
+    return factor
+
+
+def _device(name):
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f'train.device must be "auto", "cpu" or "cuda", got "{name}"') from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f'train.device must be "auto", "cpu" or "cuda", got "{name}"')
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f'train.device must be "cpu" on a machine without a usable GPU, got "{name}"')
+    return device
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts():
+    """Inside, SIGTERM raises KeyboardInterrupt as Ctrl-C does, so that no file is left half written."""
+
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
