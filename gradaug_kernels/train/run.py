@@ -53,7 +53,8 @@ def train(config: Config, out: str | Path, *, resume: bool = False, overwrite: b
     torch.manual_seed(seed)
     model = models.build_model(config.model.name, len(images.classes), images.channels, **config.model.options)
     model = gk.convert(model, divisor=config.gradaug.divisor)
-    _check_widths(model, (config.gradaug.min_width, *config.evaluate.widths))
+    with gk.use_width(model, min(config.gradaug.min_width, *config.evaluate.widths)):
+        pass  # a width that leaves a layer without channels is refused before anything is written
     model.to(device, memory_format=torch.channels_last if config.train.channels_last else torch.contiguous_format)
     optimizer = torch.optim.SGD(
         model.parameters(),
@@ -218,15 +219,6 @@ def _evaluate_widths(model, images, test_loader, config, at_loader, full_top1, a
         with gk.use_width(model, width):
             widths[str(width)] = evaluate(model, test_loader, autocast_dtype)[1]
     return widths | {"1.0": full_top1}
-
-
-def _check_widths(model, widths):
-    """Refuse a width that leaves a layer without channels before anything is written, not in the first step."""
-    for layer in model.modules():
-        if isinstance(layer, gk.FastSlimConv2d) and layer.slim_out and layer.groups == 1:
-            gk.round_channels(layer.out_channels, min(widths), layer.divisor)
-        elif isinstance(layer, gk.SlimLinear) and layer.slim_out:
-            gk.round_channels(layer.out_features, min(widths), layer.divisor)
 
 
 def _schedule(config, iterations_per_epoch):
