@@ -467,6 +467,17 @@ def test_traceback_on_request(command, tmp_path):
 # ---- info
 
 
+def test_info_of_a_model(capsys):
+    assert main(["info", "--json", "--model", "torchvision/resnet18"]) == 0
+    chains = json.loads(capsys.readouterr().out)["chains"]
+    assert chains["layer1.0.bn2"] == "batch_norm + add + relu"
+    assert chains["layer2.0.downsample.1"] == "batch_norm"
+    assert main(["info", "--model", "cifar_resnet"]) == 0
+    assert "layer1.0.bn1" in capsys.readouterr().out
+    assert main(["info", "--model", "cifar_resnt"]) == 2
+    assert 'the nearest is "cifar_resnet"' in capsys.readouterr().err
+
+
 def test_info_as_json_and_as_a_table(capsys):
     assert main(["info", "--json"]) == 0
     info = json.loads(capsys.readouterr().out)

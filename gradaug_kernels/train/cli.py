@@ -70,6 +70,9 @@ def _parser():
         description="Show versions, device, build configuration, and the backend of each operator on each device.",
     )
     info.add_argument("--json", action="store_true", help="as JSON")
+    info.add_argument(
+        "--model", metavar="NAME", help="show also what fuses in a model, e.g. torchvision/resnet50 or cifar_resnet"
+    )
     info.set_defaults(run=_info)
     return parser
 
@@ -92,7 +95,7 @@ def _train(command):
 
 
 def _info(command):
-    info = collect_info()
+    info = collect_info(command.model)
     print(json.dumps(info, indent=2) if command.json else format_info(info))
     return 0
 

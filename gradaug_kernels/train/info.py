@@ -8,17 +8,22 @@ import torch
 
 import gradaug_kernels as gk
 
+from .. import models
 from .._library import backends, build_config
 
 
-def collect_info() -> dict[str, Any]:
-    """Versions, devices, build configuration, and {operator: {device: backend}} as plain values for JSON."""
+def collect_info(model: str | None = None) -> dict[str, Any]:
+    """Versions, devices, build configuration, and {operator: {device: backend}} as plain values for JSON.
+
+    With the name of a model, such as "torchvision/resnet50", also {batch norm: what it runs in one operator}.
+    """
     versions = {"gradaug_kernels": gk.__version__, "python": platform.python_version(), "torch": torch.__version__}
     for package in ("torchvision", "triton", "numpy"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    chains = {} if model is None else {"chains": gk.fused_chains(gk.convert(models.build_model(model, 10)))}
     return {
         "versions": versions,
         "device": {
@@ -30,6 +35,7 @@ def collect_info() -> dict[str, Any]:
         },
         "build": build_config(),
         "ops": backends(),
+        **chains,
     }
 
 
@@ -45,6 +51,9 @@ def format_info(info: dict[str, Any]) -> str:
     lines += ["operators", f"  {'':<{width}} " + " ".join(f"{device:<10}" for device in devices)]
     for name, served in info["ops"].items():
         lines.append(f"  {name:<{width}} " + " ".join(f"{served.get(device, '-'):<10}" for device in devices))
+    if "chains" in info:
+        lines.append("batch norms, and what each runs in one operator")
+        lines += [f"  {name:<{width}} {chain}" for name, chain in info["chains"].items()]
     return "\n".join(line.rstrip() for line in lines)
 
 
