@@ -81,7 +81,7 @@ GRADAUG_INLINE A masked(A dy, A y) {
   return y > A(0) ? dy : A(0);
 }
 
-// dx = dz * scale + (x - center) * slope + offset, per channel.
+// dx = (dz - offset - (x - center) * slope) * scale, per channel.
 template <typename A>
 struct Backward {
   A center, scale, slope, offset;
@@ -93,14 +93,14 @@ template <typename A>
 GRADAUG_INLINE Backward<A> backward_coefficients(double mean, double var, double weight, double eps, double sum_dz,
                                                  double sum_dz_x, double inv_m) {
   const double rstd = 1.0 / sqrt(var + eps);
-  const double scale = rstd * weight;
-  return {static_cast<A>(mean), static_cast<A>(scale), static_cast<A>(-scale * rstd * rstd * sum_dz_x * inv_m),
-          static_cast<A>(-scale * sum_dz * inv_m)};
+  return {static_cast<A>(mean), static_cast<A>(rstd * weight), static_cast<A>(rstd * rstd * sum_dz_x * inv_m),
+          static_cast<A>(sum_dz * inv_m)};
 }
 
+// The differences are taken before scaling, so that dx is 0 where they vanish (one value per channel).
 template <typename A>
 GRADAUG_INLINE A input_gradient(A dz, A x, A center, A scale, A slope, A offset) {
-  return dz * scale + ((x - center) * slope + offset);
+  return ((dz - offset) - (x - center) * slope) * scale;
 }
 
 // dweight = sum(dz * x_hat); dbias is sum(dz) itself.
