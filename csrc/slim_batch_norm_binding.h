@@ -1,0 +1,87 @@
+// What the CPU and the CUDA binding of batch norm share: checks of what protects memory, outputs, and how a tensor is
+// read in place. The Python function checks the whole contract (gradaug_kernels/ops/slim_batch_norm.py).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+
+#include <initializer_list>
+#include <optional>
+
+namespace gradaug::batch_norm {
+
+using at::Tensor;
+
+inline at::ScalarType stats_dtype(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+inline void check_activation(const Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() == 4, "x must be [N, C, H, W], got ", x.dim(), " dimensions");
+  const auto dtype = x.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
+                   "x must be float32, float64, bfloat16 or float16, got ", dtype);
+}
+
+// residual, dy and y: like x.
+inline void check_like(const Tensor& x, const char* name, const Tensor& t) {
+  TORCH_CHECK_VALUE(t.sizes() == x.sizes() && t.scalar_type() == x.scalar_type(), name,
+                    " must have the shape and dtype of x, ", x.sizes(), " ", x.scalar_type(), ", got ", t.sizes(), " ",
+                    t.scalar_type());
+  TORCH_CHECK_VALUE(t.device() == x.device(), name, " must be on ", x.device(), ", got ", t.device());
+}
+
+// weight and bias: [F] with F >= C, of the statistics' dtype or that of x.
+inline void check_parameter(const Tensor& x, const char* name, const std::optional<Tensor>& p) {
+  if (!p) return;
+  TORCH_CHECK_VALUE(p->dim() == 1 && p->size(0) >= x.size(1), name, " must have at least ", x.size(1),
+                    " elements, got shape ", p->sizes());
+  TORCH_CHECK_TYPE(p->scalar_type() == x.scalar_type() || p->scalar_type() == stats_dtype(x), name, " must be ",
+                   stats_dtype(x), " or the dtype of x, got ", p->scalar_type());
+  TORCH_CHECK_VALUE(p->device() == x.device(), name, " must be on ", x.device(), ", got ", p->device());
+}
+
+// mean and var: [C].
+inline void check_statistic(const Tensor& x, const char* name, const Tensor& t) {
+  TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == x.size(1), name, " must have ", x.size(1), " elements, got shape ",
+                    t.sizes());
+  TORCH_CHECK_TYPE(t.scalar_type() == stats_dtype(x), name, " must be ", stats_dtype(x), ", got ", t.scalar_type());
+  TORCH_CHECK_VALUE(t.device() == x.device(), name, " must be on ", x.device(), ", got ", t.device());
+}
+
+// Pitch of t seen as N * H * W rows of C adjacent values, -1 where its strides are not that. Broadcast rows have 0.
+inline int64_t row_pitch(const Tensor& t) {
+  if (t.size(1) > 1 && t.stride(1) != 1) return -1;
+  int64_t pitch = t.size(1), rows = 1;
+  for (const int dim : {3, 2, 0}) {
+    if (t.size(dim) == 1) continue;
+    if (rows == 1) pitch = t.stride(dim);
+    if (t.stride(dim) != pitch * rows) return -1;
+    rows *= t.size(dim);
+  }
+  return pitch;
+}
+
+// Is t N * C planes of H * W adjacent values? The planes may lie anywhere.
+inline bool has_planes(const Tensor& t) {
+  return (t.size(3) == 1 || t.stride(3) == 1) && (t.size(2) == 1 || t.stride(2) == t.size(3));
+}
+
+// How the kernels walk over an activation.
+struct Layout {
+  bool rows;  // N * H * W rows of C channels (channels_last), else N * C planes of H * W (contiguous)
+  at::MemoryFormat format;
+
+  explicit Layout(const Tensor& x) : format(x.suggest_memory_format()) {
+    const bool one_pixel = x.size(2) * x.size(3) == 1;
+    rows = one_pixel || (format == at::MemoryFormat::ChannelsLast && x.size(1) > 1);
+  }
+
+  Tensor empty(const Tensor& x) const { return at::empty(x.sizes(), x.options().memory_format(format)); }
+
+  // t itself where its strides allow it to be read in place, else a copy in the layout's format.
+  Tensor readable(const Tensor& t) const {
+    return (rows ? row_pitch(t) >= 0 : has_planes(t)) ? t : t.contiguous(format);
+  }
+};
+
+}  // namespace gradaug::batch_norm
