@@ -116,7 +116,7 @@ def load_native() -> None:
             importlib.import_module(f"gradaug_kernels.{name}")
         except ImportError as error:
             raise ImportError(
-                f"gradaug_kernels{name} was built for torch {config['torch']} but cannot be loaded ({error}); "
+                f"gradaug_kernels.{name} was built for torch {config['torch']} but cannot be loaded ({error}); "
                 "run `pip install .` again in the folder of gradaug_kernels' sources"
             ) from error
 
