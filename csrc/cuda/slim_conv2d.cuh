@@ -91,7 +91,7 @@ struct Conv {
   int x_alignment, y_alignment, w_alignment;
   // Channels of one tap rounded up to a 16-byte chunk, so that no chunk of a reduction crosses taps.
   Divisor padded_in, padded_out;
-  Divisor kernel_w, out_w, out_hw;
+  Divisor kernel_w, in_w, in_hw, out_w, out_hw;
   Divisor phase_w, phase_hw;  // input pixels of one phase of the stride, see Taps
   int tap_step_h, tap_step_w;  // distance of two taps that meet input pixels of the same phase
 };
@@ -117,6 +117,8 @@ void prepare(Conv<T>& conv) {
   conv.padded_in = Divisor(round_up(s.in_channels, kChunk<T>));
   conv.padded_out = Divisor(round_up(s.out_channels, kChunk<T>));
   conv.kernel_w = Divisor(s.kernel_w);
+  conv.in_w = Divisor(s.in_w);
+  conv.in_hw = Divisor(s.in_h * s.in_w);
   conv.out_w = Divisor(s.out_w);
   conv.out_hw = Divisor(s.out_h * s.out_w);
   const int phase_h = (s.in_h + s.stride_h - 1) / s.stride_h, phase_w = (s.in_w + s.stride_w - 1) / s.stride_w;
@@ -539,7 +541,7 @@ struct Target {
 //   keeps   the tile's sums in float32 registers: each warp a [kTileM / 2, 32] part
 //   writes  the tile once, through shared memory in 16-byte stores where the rows allow it
 template <typename T, Pass kPass, int kTileM, int kTileN>
-__global__ void __launch_bounds__(TileShape<kTileM, kTileN>::kThreads)
+__global__ void __launch_bounds__(TileShape<kTileM, kTileN>::kThreads, 2)
     tensor_core_kernel(const __grid_constant__ Conv<T> conv, const Divisor column_tiles, const Divisor parts) {
   using Tile = TileShape<kTileM, kTileN>;
   using Operands = Sources<T, kPass, kTileM, kTileN>;
@@ -649,7 +651,8 @@ __global__ void __launch_bounds__(TileShape<kTileM, kTileN>::kThreads)
     if (target.vector) {
       const int column = lane % 4 * 8;
 #pragma unroll
-      for (int r = lane / 4; r < 16; r += 8) {
+      for (int half = 0; half < 2; ++half) {
+        const int r = lane / 4 + 8 * half;
         auto* row = target.row(tile_row + r);
         if (row == nullptr || tile_column + column >= target.columns) continue;
         float v[8];
@@ -658,7 +661,10 @@ __global__ void __launch_bounds__(TileShape<kTileM, kTileN>::kThreads)
         if (tile_column + column + 8 <= target.columns) {
           store8(row + tile_column + column, v);
         } else {
-          for (int e = 0; tile_column + column + e < target.columns; ++e) store(row + tile_column + column + e, v[e]);
+#pragma unroll
+          for (int e = 0; e < 8; ++e) {
+            if (tile_column + column + e < target.columns) store(row + tile_column + column + e, v[e]);
+          }
         }
       }
     } else {
@@ -776,6 +782,7 @@ __global__ void __launch_bounds__(kFmaThreads)
       right[right_k][column] = right_at(step * kFmaDepth + right_k, first_column + column);
     }
     __syncthreads();
+    T step_sums[4][4] = {};  // one long sum would lose more bits than PyTorch's blocked ones
 #pragma unroll
     for (int k = 0; k < kFmaDepth; ++k) {
       T a[4], b[4];
@@ -787,9 +794,11 @@ __global__ void __launch_bounds__(kFmaThreads)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sums[i][j] += a[i] * b[j];
+        for (int j = 0; j < 4; ++j) step_sums[i][j] += a[i] * b[j];
       }
     }
+#pragma unroll
+    for (int i = 0; i < 16; ++i) sums[i / 4][i % 4] += step_sums[i / 4][i % 4];
     __syncthreads();
   }
 
@@ -832,11 +841,11 @@ __global__ void __launch_bounds__(kDirectChannels* kDirectPixels) direct_kernel(
   constexpr bool kForward = kPass == Pass::kForward;
   const int out_group = kForward ? s.out_channels : s.in_channels, in_group = kForward ? s.in_channels : s.out_channels;
   const int channel = blockIdx.y * kDirectChannels + threadIdx.x;
-  const int64_t pixel = static_cast<int64_t>(blockIdx.x) * kDirectPixels + threadIdx.y;
-  const int height = kForward ? s.out_h : s.in_h, width = kForward ? s.out_w : s.in_w;
-  if (channel >= s.groups * out_group || pixel >= static_cast<int64_t>(s.batch) * height * width) return;
+  const int pixel = blockIdx.x * kDirectPixels + threadIdx.y;
+  const Divisor &per_image = kForward ? conv.out_hw : conv.in_hw, &per_row = kForward ? conv.out_w : conv.in_w;
+  if (channel >= s.groups * out_group || pixel >= s.batch * static_cast<int>(per_image.value)) return;
   const int group = channel / out_group, own = channel % out_group;
-  const int n = pixel / (height * width), h = pixel / width % height, w = pixel % width;
+  const auto [n, h, w] = pixel_at(pixel, per_image, per_row);
   const Image<T>& source = kForward ? conv.x : conv.y;
   const T* image = source.data + n * source.n + static_cast<int64_t>(group) * in_group * source.c;
   const T* weight = conv.w.data + static_cast<int64_t>(group) * s.out_channels * conv.w.o +
@@ -951,12 +960,11 @@ __global__ void __launch_bounds__(kDepthwiseThreads) depthwise_kernel(const __gr
   if (channel >= channels) return;
   const Image<T>& source = kForward ? conv.x : conv.y;
   const Image<T>& target = kForward ? conv.y : conv.x;
-  const int height = kForward ? s.out_h : s.in_h, width = kForward ? s.out_w : s.in_w;
-  const int64_t pixels = static_cast<int64_t>(s.batch) * height * width;
-  constexpr int kPixels = kDepthwiseThreads / kLanes;
-  for (int64_t pixel = static_cast<int64_t>(blockIdx.x) * kPixels + threadIdx.x / kLanes; pixel < pixels;
-       pixel += static_cast<int64_t>(gridDim.x) * kPixels) {
-    const int n = pixel / (height * width), h = pixel / width % height, w = pixel % width;
+  const Divisor &per_image = kForward ? conv.out_hw : conv.in_hw, &per_row = kForward ? conv.out_w : conv.in_w;
+  const unsigned pixels = s.batch * per_image.value;
+  constexpr unsigned kPixels = kDepthwiseThreads / kLanes;
+  for (unsigned pixel = blockIdx.x * kPixels + threadIdx.x / kLanes; pixel < pixels; pixel += gridDim.x * kPixels) {
+    const auto [n, h, w] = pixel_at(pixel, per_image, per_row);
     const T* image = source.data + n * source.n + channel * source.c;
     Sum<T> sums[kVector];
 #pragma unroll
@@ -976,7 +984,10 @@ __global__ void __launch_bounds__(kDepthwiseThreads) depthwise_kernel(const __gr
 #pragma unroll
           for (int e = 0; e < kVector; ++e) sums[e] += load(&block.element[e]) * weight[e];
         } else {
-          for (int e = 0; channel + e < channels; ++e) sums[e] += load(data + e) * weight[e];
+#pragma unroll
+          for (int e = 0; e < kVector; ++e) {
+            if (channel + e < channels) sums[e] += load(data + e) * weight[e];
+          }
         }
       }
     }
@@ -987,7 +998,10 @@ __global__ void __launch_bounds__(kDepthwiseThreads) depthwise_kernel(const __gr
       for (int e = 0; e < kVector; ++e) store(&block.element[e], sums[e]);
       *reinterpret_cast<Block*>(out) = block;
     } else {
-      for (int e = 0; channel + e < channels; ++e) store(out + e, sums[e]);
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) {
+        if (channel + e < channels) store(out + e, sums[e]);
+      }
     }
   }
 }
@@ -1000,16 +1014,15 @@ constexpr int kAccumulateThreads = 256;
 //   reads   partial [splits, O, taps * padded C]; writes  dweight[o, kh, kw, c] through its strides, in its own type
 template <typename S, typename D>
 __global__ void __launch_bounds__(kAccumulateThreads)
-    accumulate_kernel(const S* partial, int splits, int out_channels, int in_channels, Divisor padded_in,
-                      Divisor kernel_w, int taps, Filter<D> dweight) {
-  const int64_t columns = static_cast<int64_t>(taps) * padded_in.value, elements = out_channels * columns;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kAccumulateThreads + threadIdx.x;
+    accumulate_kernel(const S* partial, int splits, int elements, int in_channels, const Divisor columns,
+                      const Divisor padded_in, const Divisor kernel_w, const Filter<D> dweight) {
+  const int index = blockIdx.x * kAccumulateThreads + threadIdx.x;
   if (index >= elements) return;
-  const int o = index / columns, column = index % columns;
+  const int o = columns.divide(index), column = columns.remainder(index, o);
   const int tap = padded_in.divide(column), c = padded_in.remainder(column, tap);
   if (c >= in_channels) return;
   S sum = 0;
-  for (int split = 0; split < splits; ++split) sum += partial[split * elements + index];
+  for (int split = 0; split < splits; ++split) sum += partial[int64_t{split} * elements + index];
   const int kh = kernel_w.divide(tap), kw = kernel_w.remainder(tap, kh);
   D* target = dweight.data + o * dweight.o + kh * dweight.h + kw * dweight.w + c * dweight.c;
   store(target, load(target) + sum);
@@ -1164,11 +1177,11 @@ void launch_weight_grad(const Conv<T>& conv, const Filter<D>& dweight, Path path
   } else {
     launch_gemm<T, Pass::kWeightGrad>(conv, path, multiprocessors, stream);
   }
-  const int64_t elements = int64_t{channels} * weight_grad_columns(conv);
+  const int columns = weight_grad_columns(conv), elements = channels * columns;
   auto* kernel = accumulate_kernel<Sum<T>, D>;
   GRADAUG_LAUNCH(kernel, dim3(static_cast<unsigned>(tiles(elements, kAccumulateThreads))), dim3(kAccumulateThreads), 0,
-                 stream, conv.partial, conv.splits, channels, s.in_channels, conv.padded_in, conv.kernel_w, taps,
-                 dweight);
+                 stream, conv.partial, conv.splits, elements, s.in_channels, Divisor(columns), conv.padded_in,
+                 conv.kernel_w, dweight);
 }
 
 }  // namespace gradaug::conv

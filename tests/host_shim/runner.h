@@ -63,17 +63,19 @@ inline int run_cases(int argc, char** argv, const Runners& runners) {
     c.name.resize(read_value<uint32_t>(input));
     read_exactly(c.name.data(), c.name.size(), input);
     c.integers.resize(read_value<uint32_t>(input));
-    read_exactly(c.integers.data(), c.integers.size() * sizeof(int64_t), input);
+    if (!c.integers.empty()) read_exactly(c.integers.data(), c.integers.size() * sizeof(int64_t), input);
     c.numbers.resize(read_value<uint32_t>(input));
-    read_exactly(c.numbers.data(), c.numbers.size() * sizeof(double), input);
+    if (!c.numbers.empty()) read_exactly(c.numbers.data(), c.numbers.size() * sizeof(double), input);
     c.sizes.resize(read_value<uint32_t>(input));
     for (uint64_t& size : c.sizes) {
       size = read_value<uint64_t>(input);
       c.tensors.emplace_back(size > 0 ? new unsigned char[size] : nullptr);
-      read_exactly(c.tensors.back().get(), size, input);
+      if (size > 0) read_exactly(c.tensors.back().get(), size, input);
     }
     runners.at(c.name)(c);
-    for (size_t i = 0; i < c.sizes.size(); ++i) std::fwrite(c.tensors[i].get(), 1, c.sizes[i], output);
+    for (size_t i = 0; i < c.sizes.size(); ++i) {
+      if (c.sizes[i] > 0) std::fwrite(c.tensors[i].get(), 1, c.sizes[i], output);
+    }
   }
   std::fclose(input);
   std::fclose(output);
