@@ -302,6 +302,10 @@ struct TileShape {
   static_assert(kTileM == kTileN, "a thread's chunks of both operands lie in the same rows");
 };
 
+// Blocks that a multiprocessor's registers must hold: 2, but for the one kernel that would spill.
+template <typename T, Pass kPass, int kTile>
+constexpr int kResidentBlocks = std::is_same_v<T, float> && kPass == Pass::kInputGrad && kTile == 128 ? 1 : 2;
+
 using LargeTile = TileShape<128, 128>;
 using SmallTile = TileShape<64, 64>;
 
@@ -541,7 +545,7 @@ struct Target {
 //   keeps   the tile's sums in float32 registers: each warp a [kTileM / 2, 32] part
 //   writes  the tile once, through shared memory in 16-byte stores where the rows allow it
 template <typename T, Pass kPass, int kTileM, int kTileN>
-__global__ void __launch_bounds__(TileShape<kTileM, kTileN>::kThreads, 2)
+__global__ void __launch_bounds__(TileShape<kTileM, kTileN>::kThreads, kResidentBlocks<T, kPass, kTileM>)
     tensor_core_kernel(const __grid_constant__ Conv<T> conv, const Divisor column_tiles, const Divisor parts) {
   using Tile = TileShape<kTileM, kTileN>;
   using Operands = Sources<T, kPass, kTileM, kTileN>;
@@ -836,7 +840,7 @@ __device__ inline int joined(int at, int tap, int stride, int pad, int dilation,
 //   keeps   one sum; neighbouring threads have neighbouring channels, so that loads and stores are contiguous
 //   writes  one element
 template <typename T, Pass kPass>
-__global__ void __launch_bounds__(kDirectChannels* kDirectPixels) direct_kernel(const __grid_constant__ Conv<T> conv) {
+__global__ void __launch_bounds__(kDirectChannels* kDirectPixels, 4) direct_kernel(const __grid_constant__ Conv<T> conv) {
   const Shape& s = conv.shape;
   constexpr bool kForward = kPass == Pass::kForward;
   const int out_group = kForward ? s.out_channels : s.in_channels, in_group = kForward ? s.in_channels : s.out_channels;
@@ -939,7 +943,7 @@ struct alignas(sizeof(T) * kVector) Vector {
 //   keeps   kVector sums
 //   writes  kVector channels, in one store
 template <typename T, Pass kPass, int kVector>
-__global__ void __launch_bounds__(kDepthwiseThreads) depthwise_kernel(const __grid_constant__ Conv<T> conv) {
+__global__ void __launch_bounds__(kDepthwiseThreads, 8) depthwise_kernel(const __grid_constant__ Conv<T> conv) {
   GRADAUG_DYNAMIC_SHARED(bytes);
   Sum<T>* weights = reinterpret_cast<Sum<T>*>(bytes);  // [taps, kLanes * kVector]
   constexpr bool kForward = kPass == Pass::kForward;
