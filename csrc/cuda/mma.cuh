@@ -46,7 +46,7 @@ template <bool kTransposed, int kCount>
 __device__ inline void load_matrices(uint32_t (&registers)[kCount][4], const void* const (&rows)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    uint32_t(&r)[4] = registers[i];
+    uint32_t (&r)[4] = registers[i];
     if constexpr (kTransposed) {
       asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                    : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -73,10 +73,11 @@ __device__ inline uint32_t round_to_tf32(uint32_t bits) {
 template <typename T, int kM, int kN>
 __device__ inline void multiply_accumulate(float (&sums)[kM][kN][4], const uint32_t (&a)[kM][4],
                                            const uint32_t (&b)[kN][2]) {
-#define GRADAUG_MMA(shape_and_types)                                                                         \
-  asm volatile("mma.sync.aligned." shape_and_types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "          \
-               "{%0, %1, %2, %3};\n"                                                                         \
-               : "+f"(sums[i][j][0]), "+f"(sums[i][j][1]), "+f"(sums[i][j][2]), "+f"(sums[i][j][3])          \
+#define GRADAUG_MMA(shape_and_types)                                                                \
+  asm volatile("mma.sync.aligned." shape_and_types                                                  \
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "                                    \
+               "{%0, %1, %2, %3};\n"                                                                \
+               : "+f"(sums[i][j][0]), "+f"(sums[i][j][1]), "+f"(sums[i][j][2]), "+f"(sums[i][j][3]) \
                : "r"(a[i][0]), "r"(a[i][1]), "r"(a[i][2]), "r"(a[i][3]), "r"(b[j][0]), "r"(b[j][1]))
 #pragma unroll
   for (int i = 0; i < kM; ++i) {

@@ -29,11 +29,16 @@ at::MemoryFormat memory_format(const Tensor& a, const Tensor& b) {
 template <typename F>
 void with_type(at::ScalarType dtype, const char* name, F f) {
   switch (dtype) {
-    case at::kHalf: return f(static_cast<__half*>(nullptr));
-    case at::kBFloat16: return f(static_cast<__nv_bfloat16*>(nullptr));
-    case at::kFloat: return f(static_cast<float*>(nullptr));
-    case at::kDouble: return f(static_cast<double*>(nullptr));
-    default: TORCH_CHECK_TYPE(false, name, " must be float16, bfloat16, float32 or float64, got ", dtype);
+    case at::kHalf:
+      return f(static_cast<__half*>(nullptr));
+    case at::kBFloat16:
+      return f(static_cast<__nv_bfloat16*>(nullptr));
+    case at::kFloat:
+      return f(static_cast<float*>(nullptr));
+    case at::kDouble:
+      return f(static_cast<double*>(nullptr));
+    default:
+      TORCH_CHECK_TYPE(false, name, " must be float16, bfloat16, float32 or float64, got ", dtype);
   }
 }
 
@@ -47,8 +52,8 @@ int to_int(int64_t value, const char* what) {
 // Sizes of a convolution, checked as far as the kernels' memory accesses and index types depend on them.
 Shape shape_of(IntArrayRef x, IntArrayRef y, IntArrayRef kernel, int64_t weight_out, int64_t weight_in,
                IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
-  TORCH_CHECK_VALUE(groups >= 1 && x[1] % groups == 0 && y[1] % groups == 0, "groups must divide ", x[1],
-                    " input and ", y[1], " output channels, got ", groups);
+  TORCH_CHECK_VALUE(groups >= 1 && x[1] % groups == 0 && y[1] % groups == 0, "groups must divide ", x[1], " input and ",
+                    y[1], " output channels, got ", groups);
   TORCH_CHECK_VALUE(y[1] >= 1 && y[1] <= weight_out, "out_channels must be in [1, ", weight_out, "], got ", y[1]);
   TORCH_CHECK_VALUE(x[1] >= 1 && x[1] / groups <= weight_in, "x must have between 1 and ", weight_in * groups,
                     " channels, got ", x[1]);
@@ -69,8 +74,9 @@ Shape shape_of(IntArrayRef x, IntArrayRef y, IntArrayRef kernel, int64_t weight_
   TORCH_CHECK_VALUE(groups * stride[0] * stride[1] <= 65535, "groups * stride * stride must be at most 65535, got ",
                     groups * stride[0] * stride[1]);
   auto i = [](int64_t value) { return static_cast<int>(value); };
-  return {i(x[0]), i(x[2]), i(x[3]), i(y[2]), i(y[3]), i(x[1] / groups), i(y[1] / groups), i(groups), i(kernel[0]),
-          i(kernel[1]), i(stride[0]), i(stride[1]), i(padding[0]), i(padding[1]), i(dilation[0]), i(dilation[1])};
+  return {i(x[0]),          i(x[2]),       i(x[3]),        i(y[2]),       i(y[3]),      i(x[1] / groups),
+          i(y[1] / groups), i(groups),     i(kernel[0]),   i(kernel[1]),  i(stride[0]), i(stride[1]),
+          i(padding[0]),    i(padding[1]), i(dilation[0]), i(dilation[1])};
 }
 
 template <typename T>
@@ -117,8 +123,7 @@ Tensor slim_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Te
   const c10::cuda::CUDAGuard guard(x.device());
   int64_t size[] = {x.size(0), out_channels, 0, 0};
   for (int a = 0; a < 2; ++a) {
-    size[2 + a] =
-        (x.size(2 + a) + 2 * padding[a] - dilation[a] * (weight.size(2 + a) - 1) - 1) / stride[a] + 1;
+    size[2 + a] = (x.size(2 + a) + 2 * padding[a] - dilation[a] * (weight.size(2 + a) - 1) - 1) / stride[a] + 1;
   }
   const Shape shape = shape_of(x.sizes(), size, weight.sizes().slice(2), weight.size(0), weight.size(1), stride,
                                padding, dilation, groups);

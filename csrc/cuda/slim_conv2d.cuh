@@ -81,18 +81,18 @@ inline int greatest_common_divisor(int a, int b) { return b == 0 ? a : greatest_
 template <typename T>
 struct Conv {
   Shape shape;
-  Image<T> x;      // [N, H, W, groups * C]
-  Image<T> y;      // [N, OH, OW, groups * O]
-  Filter<T> w;     // [>= groups * O, KH, KW, >= C]; unused by the weight gradient
-  const T* bias;   // [groups * O] or null; forward
-  Sum<T>* partial; // [splits, groups * O, taps * padded C]; weight gradient
+  Image<T> x;       // [N, H, W, groups * C]
+  Image<T> y;       // [N, OH, OW, groups * O]
+  Filter<T> w;      // [>= groups * O, KH, KW, >= C]; unused by the weight gradient
+  const T* bias;    // [groups * O] or null; forward
+  Sum<T>* partial;  // [splits, groups * O, taps * padded C]; weight gradient
   int splits;
   // Largest copy, of 16, 8, 4 or sizeof(T) bytes, to which all rows of x, y and w are aligned.
   int x_alignment, y_alignment, w_alignment;
   // Channels of one tap rounded up to a 16-byte chunk, so that no chunk of a reduction crosses taps.
   Divisor padded_in, padded_out;
   Divisor kernel_w, in_w, in_hw, out_w, out_hw;
-  Divisor phase_w, phase_hw;  // input pixels of one phase of the stride, see Taps
+  Divisor phase_w, phase_hw;   // input pixels of one phase of the stride, see Taps
   int tap_step_h, tap_step_w;  // distance of two taps that meet input pixels of the same phase
 };
 
@@ -241,9 +241,9 @@ __device__ inline void load_left(uint32_t (&fragments)[kCount][4], const unsigne
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int start = first + 16 * i;
-      rows[i] = tile + (kColumns ? columns_offset<T, kTile>(16 * half + lane % 8 + lane / 16 * 8,
-                                                            start / 8 + lane / 8 % 2)
-                                 : rows_offset(start + lane % 16, 2 * half + lane / 16));
+      rows[i] =
+          tile + (kColumns ? columns_offset<T, kTile>(16 * half + lane % 8 + lane / 16 * 8, start / 8 + lane / 8 % 2)
+                           : rows_offset(start + lane % 16, 2 * half + lane / 16));
     }
     load_matrices<kColumns>(fragments, rows);
   } else {
@@ -252,8 +252,8 @@ __device__ inline void load_left(uint32_t (&fragments)[kCount][4], const unsigne
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int column = first + 16 * i + lane / 4 + 8 * (j % 2), k = 8 * half + lane % 4 + 4 * (j / 2);
-        fragments[i][j] = *reinterpret_cast<const uint32_t*>(tile + columns_offset<T, kTile>(k, column / 4) +
-                                                             4 * (column % 4));
+        fragments[i][j] =
+            *reinterpret_cast<const uint32_t*>(tile + columns_offset<T, kTile>(k, column / 4) + 4 * (column % 4));
       }
     }
   }
@@ -279,8 +279,8 @@ __device__ inline void load_right(uint32_t (&fragments)[2 * kCount][2], const un
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int column = first + 16 * i + lane / 4 + 8 * (j / 2), k = 8 * half + lane % 4 + 4 * (j % 2);
-        pairs[i][j] = *reinterpret_cast<const uint32_t*>(tile + columns_offset<T, kTile>(k, column / 4) +
-                                                         4 * (column % 4));
+        pairs[i][j] =
+            *reinterpret_cast<const uint32_t*>(tile + columns_offset<T, kTile>(k, column / 4) + 4 * (column % 4));
       }
     }
   }
@@ -339,8 +339,8 @@ struct Sources<T, Pass::kForward, kTileM, kTileN> {
       h[i] = exists ? p.h * s.stride_h - s.pad_h : INT32_MIN / 2;  // outside under every tap
       w[i] = p.w * s.stride_w - s.pad_w;
       const int o = first_column + static_cast<int>(threadIdx.x) / 4 + i * kRowStep;
-      filter[i] = o < s.out_channels ? conv.w.data + (static_cast<int64_t>(group) * s.out_channels + o) * conv.w.o
-                                     : nullptr;
+      filter[i] =
+          o < s.out_channels ? conv.w.data + (static_cast<int64_t>(group) * s.out_channels + o) * conv.w.o : nullptr;
     }
   }
 
@@ -415,7 +415,8 @@ struct Sources<T, Pass::kInputGrad, kTileM, kTileN> {
     }
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const int index = step * kDepth<T> + static_cast<int>(threadIdx.x) / kColumnChunks + i * (kThreads / kColumnChunks);
+      const int index =
+          step * kDepth<T> + static_cast<int>(threadIdx.x) / kColumnChunks + i * (kThreads / kColumnChunks);
       const int tap = conv.padded_out.divide(index), o = conv.padded_out.remainder(index, tap);
       const int tap_h = count_w.divide(tap), tap_w = count_w.remainder(tap, tap_h);
       const bool exists = valid_c > 0 && index < depth && o < s.out_channels;
@@ -457,7 +458,8 @@ struct Sources<T, Pass::kWeightGrad, kTileM, kTileN> {
     const Shape& s = conv.shape;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const int index = step * kDepth<T> + static_cast<int>(threadIdx.x) / kColumnChunks + i * (kThreads / kColumnChunks);
+      const int index =
+          step * kDepth<T> + static_cast<int>(threadIdx.x) / kColumnChunks + i * (kThreads / kColumnChunks);
       const bool exists = index < depth;
       const Pixel p = exists ? pixel_at(index, conv.out_hw, conv.out_w) : Pixel{0, 0, 0};
       const bool has_left = exists && valid_o > 0;
@@ -575,7 +577,7 @@ __global__ void __launch_bounds__(TileShape<kTileM, kTileN>::kThreads, kResident
   const int left_offset =
       Operands::kLeftColumns ? columns_offset<T, kTileM>(left_row, left_chunk) : rows_offset(left_row, left_chunk);
   const int right_offset = kTileM * 64 + (Operands::kRightColumns ? columns_offset<T, kTileN>(right_row, right_chunk)
-                                                                 : rows_offset(right_row, right_chunk));
+                                                                  : rows_offset(right_row, right_chunk));
   constexpr int kOffsetStep = Tile::kThreads * 16;
   const int left_alignment = kPass == Pass::kForward ? conv.x_alignment : conv.y_alignment;
   const int right_alignment = kPass == Pass::kWeightGrad ? conv.x_alignment : conv.w_alignment;
@@ -706,7 +708,7 @@ __global__ void __launch_bounds__(kFmaThreads)
   const T* y = conv.y.data + static_cast<int64_t>(group) * s.out_channels * conv.y.c;
   const T* weight = conv.w.data + static_cast<int64_t>(group) * s.out_channels * conv.w.o;
   const int padded_in = conv.padded_in.value;
-  const int columns = kPass == Pass::kForward      ? s.out_channels
+  const int columns = kPass == Pass::kForward     ? s.out_channels
                       : kPass == Pass::kInputGrad ? s.in_channels
                                                   : s.kernel_h * s.kernel_w * padded_in;
 
@@ -840,7 +842,8 @@ __device__ inline int joined(int at, int tap, int stride, int pad, int dilation,
 //   keeps   one sum; neighbouring threads have neighbouring channels, so that loads and stores are contiguous
 //   writes  one element
 template <typename T, Pass kPass>
-__global__ void __launch_bounds__(kDirectChannels* kDirectPixels, 4) direct_kernel(const __grid_constant__ Conv<T> conv) {
+__global__ void __launch_bounds__(kDirectChannels* kDirectPixels, 4)
+    direct_kernel(const __grid_constant__ Conv<T> conv) {
   const Shape& s = conv.shape;
   constexpr bool kForward = kPass == Pass::kForward;
   const int out_group = kForward ? s.out_channels : s.in_channels, in_group = kForward ? s.in_channels : s.out_channels;
@@ -852,8 +855,8 @@ __global__ void __launch_bounds__(kDirectChannels* kDirectPixels, 4) direct_kern
   const auto [n, h, w] = pixel_at(pixel, per_image, per_row);
   const Image<T>& source = kForward ? conv.x : conv.y;
   const T* image = source.data + n * source.n + static_cast<int64_t>(group) * in_group * source.c;
-  const T* weight = conv.w.data + static_cast<int64_t>(group) * s.out_channels * conv.w.o +
-                    own * (kForward ? conv.w.o : conv.w.c);
+  const T* weight =
+      conv.w.data + static_cast<int64_t>(group) * s.out_channels * conv.w.o + own * (kForward ? conv.w.o : conv.w.c);
   const int64_t weight_step = kForward ? conv.w.c : conv.w.o;
 
   Sum<T> sum = 0;
@@ -1065,7 +1068,8 @@ Extent extent_of(const Conv<T>& conv, Pass pass) {
 
 // The large tile where it still gives every multiprocessor a block and its columns are not mostly padding.
 inline bool use_large_tile(const Extent& e, int splits, int multiprocessors) {
-  return e.columns > 64 && e.rows > 64 && tiles(e.rows, 128) * tiles(e.columns, 128) * e.copies * splits >= multiprocessors;
+  return e.columns > 64 && e.rows > 64 &&
+         tiles(e.rows, 128) * tiles(e.columns, 128) * e.copies * splits >= multiprocessors;
 }
 
 template <typename T, Pass kPass, typename Tile, int kTile>
@@ -1105,11 +1109,13 @@ template <typename T, Pass kPass, int kVector>
 void launch_depthwise(const Conv<T>& conv, int multiprocessors, cudaStream_t stream) {
   const Shape& s = conv.shape;
   constexpr int kLanes = kDepthwiseLanes<T, kVector>, kChannels = kLanes * kVector;
-  const int64_t pixels = kPass == Pass::kForward ? int64_t{s.batch} * s.out_h * s.out_w : int64_t{s.batch} * s.in_h * s.in_w;
+  const int64_t pixels =
+      kPass == Pass::kForward ? int64_t{s.batch} * s.out_h * s.out_w : int64_t{s.batch} * s.in_h * s.in_w;
   const int64_t channel_tiles = tiles(s.groups, kChannels), pixel_tiles = tiles(pixels, kDepthwiseThreads / kLanes);
   // 16 blocks for each multiprocessor: more would only read the weights again.
   const int64_t enough = tiles(16 * multiprocessors, static_cast<int>(channel_tiles));
-  const dim3 grid(static_cast<unsigned>(pixel_tiles < enough ? pixel_tiles : enough), static_cast<unsigned>(channel_tiles));
+  const dim3 grid(static_cast<unsigned>(pixel_tiles < enough ? pixel_tiles : enough),
+                  static_cast<unsigned>(channel_tiles));
   auto* kernel = depthwise_kernel<T, kPass, kVector>;
   GRADAUG_LAUNCH(kernel, grid, dim3(kDepthwiseThreads), s.kernel_h * s.kernel_w * kChannels * sizeof(Sum<T>), stream,
                  conv);

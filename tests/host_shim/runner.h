@@ -51,7 +51,7 @@ inline int run_cases(int argc, char** argv, const Runners& runners) {
     std::fprintf(stderr, "usage: %s CASES RESULTS\n", argv[0]);
     return 2;
   }
-  alarm(120);  // a thread that misses a barrier leaves the others waiting for ever
+  alarm(300);  // a thread that misses a barrier leaves the others waiting for ever
   FILE* input = std::fopen(argv[1], "rb");
   FILE* output = std::fopen(argv[2], "wb");
   if (input == nullptr || output == nullptr) {

@@ -28,7 +28,7 @@ inline __half __float2half_rn(float f) {
   if (magnitude == 0.0f) return {sign};
   if (magnitude >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
   int exponent;
-  std::frexp(magnitude, &exponent);  // magnitude in [2^(exponent - 1), 2^exponent)
+  std::frexp(magnitude, &exponent);                 // magnitude in [2^(exponent - 1), 2^exponent)
   const int lowest = std::max(exponent - 11, -24);  // the last bit's weight
   const int units = int(std::nearbyint(std::ldexp(magnitude, -lowest)));
   // units carries its hidden bit into the exponent field, and so does rounding up to the next power of two.

@@ -25,9 +25,9 @@ inline thread_local std::deque<std::vector<Copy>> groups;
 template <int kBytes>
 inline void copy_async(void* shared, const void* source, int valid) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-  host_shim::require(reinterpret_cast<uintptr_t>(shared) % kBytes == 0 &&
-                         reinterpret_cast<uintptr_t>(source) % kBytes == 0,
-                     "both ends of an asynchronous copy must be aligned to its size");
+  host_shim::require(
+      reinterpret_cast<uintptr_t>(shared) % kBytes == 0 && reinterpret_cast<uintptr_t>(source) % kBytes == 0,
+      "both ends of an asynchronous copy must be aligned to its size");
   host_shim::require(valid >= 0 && valid <= kBytes, "an asynchronous copy must read between 0 and all its bytes");
   host::open_group.push_back({shared, source, kBytes, valid});
 }
