@@ -52,6 +52,13 @@ def pip_cuda_folders() -> tuple[list[str], list[str]]:
     return includes, libraries
 
 
+def toolkit_libraries(cuda_home: str) -> list[str]:
+    """Where nvcc itself links cudart from. The nvcc under cuda_home may be a link or a script that calls another."""
+    nvcc = Path(cuda_home, "bin", "nvcc")
+    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    return [folder for line in re.findall(r"#\$ LIBRARIES=(.*)", plan) for folder in re.findall(r'"-L([^"]+)"', line)]
+
+
 def why_no_cuda() -> str | None:
     """None if the CUDA extension can be built, otherwise the reason."""
     import torch
@@ -101,7 +108,7 @@ def native_extensions():
                 "gradaug_kernels._cuda",
                 sources("csrc/module.cpp", "csrc/cuda/*.cu"),
                 include_dirs=[str(ROOT / "csrc"), *includes],
-                library_dirs=libraries,
+                library_dirs=[*libraries, *toolkit_libraries(CUDA_HOME)],
                 extra_compile_args={"cxx": cxx, "nvcc": nvcc},
             )
         )

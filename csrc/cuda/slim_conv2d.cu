@@ -1,0 +1,212 @@
+// Convolution with the first channels of a full-width weight, on CUDA without Triton: forward, input gradient, weight
+// gradient. Formulas, shapes and memory formats: gradaug_kernels/ops/slim_conv2d.py. Kernels: slim_conv2d.cuh.
+//
+// The operators are private, slim_conv2d*_cuda_cpp: Python chooses which backend serves the public ones on CUDA.
+#include "cuda/slim_conv2d.cuh"
+
+#include <ATen/Context.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+using namespace gradaug::conv;
+
+// NHWC if one of the two is, as torch's convolutions choose.
+at::MemoryFormat memory_format(const Tensor& a, const Tensor& b) {
+  const bool nhwc = a.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
+                    b.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+  return nhwc ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
+// Calls f with a null pointer of the kernels' type for a dtype.
+template <typename F>
+void with_type(at::ScalarType dtype, const char* name, F f) {
+  switch (dtype) {
+    case at::kHalf:
+      return f(static_cast<__half*>(nullptr));
+    case at::kBFloat16:
+      return f(static_cast<__nv_bfloat16*>(nullptr));
+    case at::kFloat:
+      return f(static_cast<float*>(nullptr));
+    case at::kDouble:
+      return f(static_cast<double*>(nullptr));
+    default:
+      TORCH_CHECK_TYPE(false, name, " must be float16, bfloat16, float32 or float64, got ", dtype);
+  }
+}
+
+bool allow_tf32() { return at::globalContext().allowTF32CuDNN(at::Float32Op::CONV); }
+
+int to_int(int64_t value, const char* what) {
+  TORCH_CHECK_VALUE(value >= 0 && value <= INT32_MAX, what, " must be at most ", INT32_MAX, ", got ", value);
+  return static_cast<int>(value);
+}
+
+// Sizes of a convolution, checked as far as the kernels' memory accesses and index types depend on them.
+Shape shape_of(IntArrayRef x, IntArrayRef y, IntArrayRef kernel, int64_t weight_out, int64_t weight_in,
+               IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
+  TORCH_CHECK_VALUE(groups >= 1 && x[1] % groups == 0 && y[1] % groups == 0, "groups must divide ", x[1], " input and ",
+                    y[1], " output channels, got ", groups);
+  TORCH_CHECK_VALUE(y[1] >= 1 && y[1] <= weight_out, "out_channels must be in [1, ", weight_out, "], got ", y[1]);
+  TORCH_CHECK_VALUE(x[1] >= 1 && x[1] / groups <= weight_in, "x must have between 1 and ", weight_in * groups,
+                    " channels, got ", x[1]);
+  TORCH_CHECK_VALUE(x[0] == y[0], "dy must have the batch size of x, ", x[0], ", got ", y[0]);
+  for (int a = 0; a < 2; ++a) {
+    TORCH_CHECK_VALUE(stride[a] >= 1 && padding[a] >= 0 && dilation[a] >= 1 && kernel[a] >= 1,
+                      "stride, dilation and kernel must be at least 1 and padding at least 0, got ", stride, ", ",
+                      dilation, ", ", kernel, ", ", padding);
+    const int64_t room = x[2 + a] + 2 * padding[a] - dilation[a] * (kernel[a] - 1) - 1;
+    TORCH_CHECK_VALUE(room >= 0 && y[2 + a] == room / stride[a] + 1, "the output must have ",
+                      room < 0 ? 0 : room / stride[a] + 1, " pixels along axis ", a, ", got ", y[2 + a]);
+  }
+  // A phase of the stride counts at most (size + stride) pixels along each axis.
+  to_int(x[0] * (x[2] + stride[0]) * (x[3] + stride[1]), "the input's number of pixels");
+  to_int(y[0] * y[2] * y[3], "the output's number of pixels");
+  to_int((x[2] + 2 * padding[0]) * 2 + (x[3] + 2 * padding[1]) * 2, "the padded image's size");
+  to_int(weight_out * kernel[0] * kernel[1] * (weight_in + 8), "the weight's number of elements");
+  TORCH_CHECK_VALUE(groups * stride[0] * stride[1] <= 65535, "groups * stride * stride must be at most 65535, got ",
+                    groups * stride[0] * stride[1]);
+  auto i = [](int64_t value) { return static_cast<int>(value); };
+  return {i(x[0]),          i(x[2]),       i(x[3]),        i(y[2]),       i(y[3]),      i(x[1] / groups),
+          i(y[1] / groups), i(groups),     i(kernel[0]),   i(kernel[1]),  i(stride[0]), i(stride[1]),
+          i(padding[0]),    i(padding[1]), i(dilation[0]), i(dilation[1])};
+}
+
+template <typename T>
+Image<T> image_of(const Tensor& t) {  // [N, C, H, W]
+  // The stride of an axis of one element says nothing: it must not cost an alignment or the contiguous path.
+  auto stride = [&](int axis) { return t.size(axis) == 1 ? int64_t{axis == 1} : t.stride(axis); };
+  return {static_cast<T*>(t.data_ptr()), stride(0), stride(2), stride(3), stride(1)};
+}
+
+template <typename T>
+Filter<T> filter_of(const Tensor& t) {  // [O, I, KH, KW]
+  const Image<T> strides = image_of<T>(t);
+  return {strides.data, strides.n, strides.h, strides.w, strides.c};
+}
+
+// The tensor itself where its channels are contiguous or the path does not need that, otherwise an NHWC copy.
+Tensor readable(const Tensor& t, Path path) {
+  const bool contiguous_channels = t.size(1) == 1 || t.stride(1) == 1;
+  return needs_nhwc(path) && !contiguous_channels ? t.contiguous(at::MemoryFormat::ChannelsLast) : t;
+}
+
+int multiprocessors() { return at::cuda::getCurrentDeviceProperties()->multiProcessorCount; }
+
+template <typename T>
+Path path_of(const Shape& shape) {
+  return choose_path<T>(shape, std::is_same_v<T, float> && allow_tf32());
+}
+
+void check_alike(const Tensor& tensor, const Tensor& to, const char* name) {
+  TORCH_CHECK_VALUE(tensor.is_cuda() && tensor.device() == to.device(), name, " must be on ", to.device(), ", got ",
+                    tensor.device());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == to.scalar_type(), name, " must be ", to.scalar_type(), ", got ",
+                   tensor.scalar_type());
+}
+
+Tensor slim_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_channels,
+                   IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
+  check_alike(weight, x, "weight");
+  if (bias) {
+    check_alike(*bias, x, "bias");
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) >= out_channels, "bias must have at least ", out_channels,
+                      " elements, got shape ", bias->sizes());
+  }
+  const c10::cuda::CUDAGuard guard(x.device());
+  int64_t size[] = {x.size(0), out_channels, 0, 0};
+  for (int a = 0; a < 2; ++a) {
+    size[2 + a] = (x.size(2 + a) + 2 * padding[a] - dilation[a] * (weight.size(2 + a) - 1) - 1) / stride[a] + 1;
+  }
+  const Shape shape = shape_of(x.sizes(), size, weight.sizes().slice(2), weight.size(0), weight.size(1), stride,
+                               padding, dilation, groups);
+  const Tensor y = at::empty(size, x.options().memory_format(memory_format(x, weight)));
+  if (y.numel() == 0) return y;
+  with_type(x.scalar_type(), "x", [&](auto* null) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    const Path path = path_of<T>(shape);
+    const Tensor image = readable(x, path);
+    const Tensor filter = readable(weight.narrow(0, 0, out_channels).narrow(1, 0, shape.in_channels), path);
+    const Tensor shift = bias ? bias->contiguous() : Tensor();
+    Conv<T> conv{shape, image_of<T>(image), image_of<T>(y), filter_of<T>(filter)};
+    conv.bias = bias ? static_cast<const T*>(shift.data_ptr()) : nullptr;
+    prepare(conv);
+    launch_image<T, Pass::kForward>(conv, path, multiprocessors(), c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return y;
+}
+
+Tensor slim_conv2d_input_grad(const Tensor& dy, const Tensor& weight, IntArrayRef input_size, IntArrayRef stride,
+                              IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
+  check_alike(weight, dy, "weight");
+  const c10::cuda::CUDAGuard guard(dy.device());
+  const Shape shape = shape_of(input_size, dy.sizes(), weight.sizes().slice(2), weight.size(0), weight.size(1), stride,
+                               padding, dilation, groups);
+  Tensor dx = at::empty(input_size, dy.options().memory_format(memory_format(dy, weight)));
+  if (dx.numel() == 0) return dx;
+  with_type(dy.scalar_type(), "dy", [&](auto* null) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    const Path path = path_of<T>(shape);
+    const Tensor image = readable(dy, path);
+    const Tensor filter = readable(weight.narrow(0, 0, dy.size(1)).narrow(1, 0, shape.in_channels), path);
+    Conv<T> conv{shape, image_of<T>(dx), image_of<T>(image), filter_of<T>(filter)};
+    prepare(conv);
+    launch_image<T, Pass::kInputGrad>(conv, path, multiprocessors(), c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return dx;
+}
+
+void slim_conv2d_weight_grad_(const Tensor& dy, const Tensor& x, Tensor dweight, IntArrayRef stride,
+                              IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
+  check_alike(dy, x, "dy");
+  TORCH_CHECK_VALUE(dweight.device() == x.device(), "dweight must be on ", x.device(), ", got ", dweight.device());
+  const c10::cuda::CUDAGuard guard(x.device());
+  const Shape shape = shape_of(x.sizes(), dy.sizes(), dweight.sizes().slice(2), dweight.size(0), dweight.size(1),
+                               stride, padding, dilation, groups);
+  if (dy.numel() == 0) return;
+  with_type(x.scalar_type(), "x", [&](auto* null) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    const Path path = path_of<T>(shape);
+    const Tensor image = readable(x, path), gradient = readable(dy, path);
+    Conv<T> conv{shape, image_of<T>(image), image_of<T>(gradient)};
+    prepare(conv);
+    conv.splits = weight_grad_splits(conv, path, multiprocessors());
+    const auto dtype = std::is_same_v<T, double> ? at::kDouble : at::kFloat;
+    const Tensor partial = at::empty({weight_grad_workspace(conv)}, x.options().dtype(dtype));
+    conv.partial = static_cast<Sum<T>*>(partial.data_ptr());
+    with_type(dweight.scalar_type(), "dweight", [&](auto* null_gradient) {
+      using D = std::remove_pointer_t<decltype(null_gradient)>;
+      launch_weight_grad(conv, filter_of<D>(dweight), path, multiprocessors(), c10::cuda::getCurrentCUDAStream());
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+    });
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(gradaug, m) {
+  m.def(
+      "slim_conv2d_cuda_cpp(Tensor x, Tensor weight, Tensor? bias, int out_channels, int[2] stride, int[2] padding, "
+      "int[2] dilation, int groups) -> Tensor");
+  m.def(
+      "slim_conv2d_input_grad_cuda_cpp(Tensor dy, Tensor weight, int[4] input_size, int[2] stride, int[2] padding, "
+      "int[2] dilation, int groups) -> Tensor");
+  m.def(
+      "slim_conv2d_weight_grad__cuda_cpp(Tensor dy, Tensor x, Tensor(a!) dweight, int[2] stride, int[2] padding, "
+      "int[2] dilation, int groups) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(gradaug, CUDA, m) {
+  m.impl("slim_conv2d_cuda_cpp", slim_conv2d);
+  m.impl("slim_conv2d_input_grad_cuda_cpp", slim_conv2d_input_grad);
+  m.impl("slim_conv2d_weight_grad__cuda_cpp", slim_conv2d_weight_grad_);
+}
