@@ -62,15 +62,15 @@ def depthwise_conv2d_fwd_kernel(
     # Reads: the pixels under each tap, zero in the padding, and the taps of the channels; the taps of a row are unrolled
     # so that their loads are in flight together. Keeps: the tile's float32 sums. Writes: the tile, once.
     C = C * VEC
-    xn, xh, xw = xn.to(tl.int64) * VEC, xh.to(tl.int64) * VEC, xw.to(tl.int64) * VEC
+    xn, xh, xw = xn.to(tl.int64) * VEC, xh * VEC, xw * VEC
     blocks_c = tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
     m = (pid // blocks_c) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     c = (pid % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     n, oh, ow = m // (OH * OW), m // OW % OH, m % OW
     ih0, iw0 = oh * stride_h - padding_h, ow * stride_w - padding_w
-    x_tile = x + (n * xn + ih0 * xh + iw0 * xw)[:, None] + c[None, :]  # [BLOCK_M, BLOCK_C]
-    w_channels = w + c.to(tl.int64) * wc  # [BLOCK_C]
+    x_tile = x + (n * xn + (ih0 * xh + iw0 * xw))[:, None] + c[None, :]  # [BLOCK_M, BLOCK_C]
+    w_channels = w + c * wc  # [BLOCK_C]
 
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for kh in range(0, KH):
@@ -135,7 +135,7 @@ def depthwise_conv2d_input_grad_kernel(
     # Reads: the outputs that each tap brings to the pixels, zero outside the image, and the taps of the channels; the
     # TAPS_W taps of a row are unrolled. Keeps: the tile's float32 sums. Writes: the tile, zeros included.
     C = C * VEC
-    yn, yh, yw = yn.to(tl.int64) * VEC, yh.to(tl.int64) * VEC, yw.to(tl.int64) * VEC
+    yn, yh, yw = yn.to(tl.int64) * VEC, yh * VEC, yw * VEC
     residue = tl.program_id(1)
     ih0, rows, kh0, taps_h, oh0 = congruent_pixels(
         residue // stride_w, H, KH, stride_h, padding_h, dilation_h, tap_step_h
@@ -151,8 +151,8 @@ def depthwise_conv2d_input_grad_kernel(
     m = (pid // blocks_c) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     c = (pid % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     n, row, column = m // (rows * columns), m // columns % rows, m % columns
-    y_tile = dy + (n * yn + (oh0 + row) * yh + (ow0 + column) * yw)[:, None] + c[None, :]  # [BLOCK_M, BLOCK_C]
-    w_channels = w + c.to(tl.int64) * wc  # [BLOCK_C]
+    y_tile = dy + (n * yn + ((oh0 + row) * yh + (ow0 + column) * yw))[:, None] + c[None, :]  # [BLOCK_M, BLOCK_C]
+    w_channels = w + c * wc  # [BLOCK_C]
     step_h, step_w = tap_step_h * dilation_h // stride_h, tap_step_w * dilation_w // stride_w  # outputs per tap visited
 
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -216,8 +216,8 @@ def depthwise_conv2d_weight_grad_kernel(
     # Reads: for each chunk of BLOCK_M pixels, their dy and the x under the tap, zero in the padding.
     # Keeps: [BLOCK_M, BLOCK_C] float32 sums. Writes: their total over pixels, [BLOCK_C], as a partial sum.
     C = C * VEC
-    yn, yh, yw = yn.to(tl.int64) * VEC, yh.to(tl.int64) * VEC, yw.to(tl.int64) * VEC
-    xn, xh, xw = xn.to(tl.int64) * VEC, xh.to(tl.int64) * VEC, xw.to(tl.int64) * VEC
+    yn, yh, yw = yn.to(tl.int64) * VEC, yh * VEC, yw * VEC
+    xn, xh, xw = xn.to(tl.int64) * VEC, xh * VEC, xw * VEC
     taps = KH * KW
     pid, split = tl.program_id(0), tl.program_id(1)
     tap, c = pid % taps, (pid // taps) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
@@ -232,8 +232,8 @@ def depthwise_conv2d_weight_grad_kernel(
         ih, iw = oh * stride_h + offset_h, ow * stride_w + offset_w
         inside = (m < end) & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
         mask = inside[:, None] & (c < C)[None, :]
-        a = tl.load(dy + (n * yn + oh * yh + ow * yw)[:, None] + c[None, :], mask=mask, other=0.0)
-        b = tl.load(x + (n * xn + ih * xh + iw * xw)[:, None] + c[None, :], mask=mask, other=0.0)
+        a = tl.load(dy + (n * yn + (oh * yh + ow * yw))[:, None] + c[None, :], mask=mask, other=0.0)
+        b = tl.load(x + (n * xn + (ih * xh + iw * xw))[:, None] + c[None, :], mask=mask, other=0.0)
         acc += a.to(tl.float32) * b.to(tl.float32)
 
     tl.store(partials + (split.to(tl.int64) * C + c) * taps + tap, tl.sum(acc, 0), mask=c < C)

@@ -70,8 +70,8 @@ def slim_conv2d_fwd_kernel(
     # the weights of the tap. Taps are the inner loop: the nine of a 3x3 kernel read almost the same lines of x.
     # Keeps: the tile's float32 sums. Writes: the tile, once.
     C, O, y_pitch = C * VEC, O * VEC, y_pitch * VEC  # noqa: E741
-    xn, xh, xw = xn.to(tl.int64) * VEC, xh.to(tl.int64) * VEC, xw.to(tl.int64) * VEC
-    wo, wh, ww = wo.to(tl.int64) * VEC, wh.to(tl.int64) * VEC, ww.to(tl.int64) * VEC
+    xn, xh, xw = xn.to(tl.int64) * VEC, xh * VEC, xw * VEC
+    wo, wh, ww = wo * VEC, wh * VEC, ww * VEC
     blocks_n = tl.cdiv(O, BLOCK_N)
     pid, group = tl.program_id(0), tl.program_id(1)
     m = (pid // blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -80,7 +80,7 @@ def slim_conv2d_fwd_kernel(
 
     n, oh, ow = m // (OH * OW), m // OW % OH, m % OW
     ih0, iw0 = oh * stride_h - padding_h, ow * stride_w - padding_w  # the pixel under tap (0, 0), maybe in the padding
-    x_rows = x + group * C + n * xn + ih0 * xh + iw0 * xw  # [BLOCK_M]
+    x_rows = x + group * C + n * xn + (ih0 * xh + iw0 * xw)  # [BLOCK_M]
     w_columns = w + (group * O + o) * wo  # [BLOCK_N]
 
     taps = KH * KW
@@ -151,8 +151,8 @@ def slim_conv2d_input_grad_kernel(
     # Reads: for each chunk of BLOCK_K output channels and each tap, the outputs that the tap brings to the pixels, zero
     # outside the image, and the weights of the tap. Keeps: the tile's float32 sums. Writes: the tile, zeros included.
     C, O, x_pitch = C * VEC, O * VEC, x_pitch * VEC  # noqa: E741
-    yn, yh, yw = yn.to(tl.int64) * VEC, yh.to(tl.int64) * VEC, yw.to(tl.int64) * VEC
-    wo, wh, ww = wo.to(tl.int64) * VEC, wh.to(tl.int64) * VEC, ww.to(tl.int64) * VEC
+    yn, yh, yw = yn.to(tl.int64) * VEC, yh * VEC, yw * VEC
+    wo, wh, ww = wo * VEC, wh * VEC, ww * VEC
     classes = stride_h * stride_w
     group, residue = tl.program_id(1) // classes, tl.program_id(1) % classes
     ih0, rows, kh0, taps_h, oh0 = congruent_pixels(
@@ -171,7 +171,7 @@ def slim_conv2d_input_grad_kernel(
     k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
 
     n, row, column = m // (rows * columns), m // columns % rows, m % columns
-    y_rows = dy + group * O + n * yn + (oh0 + row) * yh + (ow0 + column) * yw  # [BLOCK_M]
+    y_rows = dy + group * O + n * yn + ((oh0 + row) * yh + (ow0 + column) * yw)  # [BLOCK_M]
     w_columns = w + group * O * wo + c  # [BLOCK_N]
     step_h, step_w = tap_step_h * dilation_h // stride_h, tap_step_w * dilation_w // stride_w  # outputs per tap visited
 
@@ -247,8 +247,8 @@ def slim_conv2d_weight_grad_kernel(
     # Keeps: the tile's float32 sums.
     # Writes: the tile as a partial sum, or, where one split has all pixels (ADD), adds it to the gradient.
     C, O = C * VEC, O * VEC  # noqa: E741
-    yn, yh, yw = yn.to(tl.int64) * VEC, yh.to(tl.int64) * VEC, yw.to(tl.int64) * VEC
-    xn, xh, xw = xn.to(tl.int64) * VEC, xh.to(tl.int64) * VEC, xw.to(tl.int64) * VEC
+    yn, yh, yw = yn.to(tl.int64) * VEC, yh * VEC, yw * VEC
+    xn, xh, xw = xn.to(tl.int64) * VEC, xh * VEC, xw * VEC
     blocks_n, blocks_m = tl.cdiv(C, BLOCK_N), tl.cdiv(O, BLOCK_M)
     pid, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     c = (pid % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -267,14 +267,14 @@ def slim_conv2d_weight_grad_kernel(
         n, oh, ow = m // (OH * OW), m // OW % OH, m % OW
         ih, iw = oh * stride_h + offset_h, ow * stride_w + offset_w
         inside = (m < end) & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
-        y_rows = n * yn + oh * yh + ow * yw
+        y_rows = n * yn + (oh * yh + ow * yw)
         a = tl.load(y_rows[:, None] + y_columns[None, :], mask=(m < end)[:, None] & (o < O)[None, :], other=0.0)
-        x_rows = n * xn + ih * xh + iw * xw
+        x_rows = n * xn + (ih * xh + iw * xw)
         b = tl.load(x_rows[:, None] + x_columns[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
         acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
 
-    tile = dweight + split * ds.to(tl.int64) + kh * dh + kw * dw
-    tile = tile + (group * O + o).to(tl.int64)[:, None] * do + c.to(tl.int64)[None, :] * dc
+    tile = dweight + split * ds.to(tl.int64) + (kh * dh + kw * dw + group * O * do)
+    tile = tile + (o[:, None] * do + c[None, :] * dc)
     written = (o < O)[:, None] & (c < C)[None, :]
     if ADD:
         total = acc + tl.load(tile, mask=written)  # in float32, or float64 where the gradient is
@@ -306,7 +306,7 @@ def slim_conv2d_weight_grad_reduce_kernel(
     for split in range(0, splits):
         acc += tl.load(partials + split * count.to(tl.int64) + i, mask=i < count, other=0.0)
     c, kw, kh, o = i % C, i // C % KW, i // (C * KW) % KH, i // (C * KW * KH)
-    element = dweight + o.to(tl.int64) * do + c.to(tl.int64) * dc + kh * dh + kw * dw
+    element = dweight + (o * do + c * dc + kh * dh + kw * dw)
     total = acc + tl.load(element, mask=i < count)
     tl.store(element, total.to(dweight.dtype.element_ty), mask=i < count)
 
@@ -319,42 +319,49 @@ def input_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
-def forward_blocks(rows: int, columns: int, depth: int, dtype: torch.dtype, precision: str) -> dict[str, int]:
+def forward_blocks(rows: int, columns: int, depth: int, vec: int, dtype: torch.dtype, precision: str) -> dict[str, int]:
     """Tile sizes of the forward and of the input gradient.
 
     Args:
-        rows: pixels. columns: channels written. depth: channels summed over per tap.
+        rows: pixels. columns: channels written. depth: channels summed over per tap. vec: elements of one load.
 
     Tensor cores: the column tile that wastes least; 128 pixels, or 64 where that leaves multiprocessors idle; 128 bytes
     of depth, or 64 where that wastes less. Three stages of the largest tile are 96 KiB of shared memory, which every
-    GPU since sm_80 has. Exact float32 has no tensor cores and keeps its sums in registers: 64 x 32 by 16.
+    GPU since sm_80 has. Where loads are narrow, tiles are small: each load takes a register for its address.
+    Exact float32 has no tensor cores and keeps its sums in registers: 64 x 32 by 16.
     """
+    narrow = vec * dtype.itemsize < 16
     if dtype == torch.float32 and precision == "ieee":
-        return {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
-    block_n = 32 if columns <= 32 else largest_tile(columns, (64, 128))
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 8 if narrow else 4, "num_stages": 2}
+    block_n = 32 if columns <= 32 else 64 if narrow else largest_tile(columns, (64, 128))
     full = triton.cdiv(rows, 128) * triton.cdiv(columns, block_n) >= MULTIPROCESSORS
-    block_m = 128 if full else 64
-    block_k = largest_tile(depth, (32, 64)) * 2 // dtype.itemsize
+    block_m = 128 if full and not narrow else 64
+    block_k = (32 if narrow else largest_tile(depth, (32, 64))) * 2 // dtype.itemsize
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
-        "num_warps": 8 if block_m * block_n == 128 * 128 else 4,
+        "num_warps": 4 if block_m * block_n < 128 * 64 and not narrow and dtype != torch.float32 else 8,
         "num_stages": 3,
     }
 
 
-def weight_grad_blocks(o: int, c: int, dtype: torch.dtype, precision: str) -> dict[str, int]:
-    """Tile sizes of the weight gradient: the channel tiles that waste least, and 128 bytes of pixels at a time."""
+def weight_grad_blocks(o: int, c: int, vec: int, dtype: torch.dtype, precision: str) -> dict[str, int]:
+    """Tile sizes of the weight gradient: the channel tiles that waste least, and 128 bytes of pixels at a time.
+
+    Narrow loads and exact float32 take small tiles, as in `forward_blocks`.
+    """
     if dtype == torch.float32 and precision == "ieee":
         return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-    block_m = largest_tile(o, (64, 128))
-    block_n = 32 if c <= 32 else largest_tile(c, (64, 128))
+    narrow = vec * dtype.itemsize < 16
+    small = narrow or dtype == torch.float32
+    block_m = 64 if small else largest_tile(o, (64, 128))
+    block_n = 32 if c <= 32 else 64 if small else largest_tile(c, (64, 128))
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
-        "BLOCK_K": 128 // dtype.itemsize,
-        "num_warps": 8 if block_m * block_n == 128 * 128 else 4,
+        "BLOCK_K": (64 if narrow else 128) // dtype.itemsize,
+        "num_warps": 8 if block_m * block_n >= 128 * 64 else 4,
         "num_stages": 3,
     }
 
@@ -393,7 +400,7 @@ def slim_conv2d_triton(x, weight, bias, out_channels, stride, padding, dilation,
         a, b = nhwc(x), _slice_ohwi(weight, out_channels, c)
         vec = vector_width((a, b, y), c, o)
         precision = input_precision(x.dtype)
-        blocks = forward_blocks(n * oh * ow, o, c, x.dtype, precision)
+        blocks = forward_blocks(n * oh * ow, o, c, vec, x.dtype, precision)
         tiles = triton.cdiv(n * oh * ow, blocks["BLOCK_M"]) * triton.cdiv(o, blocks["BLOCK_N"])
         with torch.cuda.device_of(x):
             launch(
@@ -421,7 +428,7 @@ def slim_conv2d_input_grad_triton(dy, weight, input_size, stride, padding, dilat
         vec = vector_width((a, b, dx), c, o)
         precision = input_precision(dy.dtype)
         largest_class = n * triton.cdiv(h, stride[0]) * triton.cdiv(w, stride[1])
-        blocks = forward_blocks(largest_class, c, o, dy.dtype, precision)
+        blocks = forward_blocks(largest_class, c, o, vec, dy.dtype, precision)
         tiles = triton.cdiv(largest_class, blocks["BLOCK_M"]) * triton.cdiv(c, blocks["BLOCK_N"])
         with torch.cuda.device_of(dy):
             launch(
@@ -450,7 +457,7 @@ def slim_conv2d_weight_grad__triton(dy, x, dweight, stride, padding, dilation, g
     a, b = nhwc(dy), nhwc(x)
     vec = vector_width((a, b), c, o)
     precision = input_precision(x.dtype)
-    blocks = weight_grad_blocks(o, c, x.dtype, precision)
+    blocks = weight_grad_blocks(o, c, vec, x.dtype, precision)
     tiles = triton.cdiv(o, blocks["BLOCK_M"]) * triton.cdiv(c, blocks["BLOCK_N"]) * kh * kw
     splits, share = pixel_splits(tiles * groups, n * oh * ow, blocks["BLOCK_K"])
     with torch.cuda.device_of(x):
