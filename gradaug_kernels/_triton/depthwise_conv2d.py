@@ -14,9 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .._layout import empty_nhwc, nhwc
 from ..ops.slim_conv2d import _memory_format, _output_size
 from .geometry import congruent_pixels
-from .launch import MULTIPROCESSORS, empty_nhwc, launch, nhwc, strides, vector_width
+from .launch import MULTIPROCESSORS, launch, strides, vector_width
 from .slim_conv2d import _axes, add_partials
 
 # ---- forward
@@ -59,8 +60,8 @@ def depthwise_conv2d_fwd_kernel(
     BLOCK_C: tl.constexpr,
 ):
     # One program makes a [BLOCK_M output pixels, BLOCK_C channels] tile.
-    # Reads: the pixels under each tap, zero in the padding, and the taps of the channels; the taps of a row are unrolled
-    # so that their loads are in flight together. Keeps: the tile's float32 sums. Writes: the tile, once.
+    # Reads: the pixels under each tap, zero in the padding, and the taps of the channels; the taps of a row are
+    # unrolled so that their loads are in flight together. Keeps: the tile's float32 sums. Writes: the tile, once.
     C = C * VEC
     xn, xh, xw = xn.to(tl.int64) * VEC, xh * VEC, xw * VEC
     blocks_c = tl.cdiv(C, BLOCK_C)
@@ -241,11 +242,14 @@ def depthwise_conv2d_weight_grad_kernel(
 
 # ---- launchers
 
-BLOCKS = {"BLOCK_M": 32, "BLOCK_C": 64, "num_warps": 4}  # 16 elements per thread: two 16-byte loads of a half type
+
+def depthwise_blocks(vec: int, itemsize: int) -> dict[str, int]:
+    """16 elements per thread, two 16-byte loads of a half type; where loads are narrow 8, each with an address."""
+    return {"BLOCK_M": 32 if vec * itemsize == 16 else 16, "BLOCK_C": 64, "num_warps": 4}
 
 
-def _tiles(pixels, channels):
-    return triton.cdiv(pixels, BLOCKS["BLOCK_M"]) * triton.cdiv(channels, BLOCKS["BLOCK_C"])
+def _tiles(pixels, channels, blocks):
+    return triton.cdiv(pixels, blocks["BLOCK_M"]) * triton.cdiv(channels, blocks["BLOCK_C"])
 
 
 def _filters(weight) -> dict[str, int]:
@@ -260,17 +264,18 @@ def depthwise_conv2d_triton(x, weight, bias, out_channels, stride, padding, dila
     if y.numel() > 0:
         a = nhwc(x)
         vec = vector_width((a, y), c)
+        blocks = depthwise_blocks(vec, x.dtype.itemsize)
         with torch.cuda.device_of(x):
             launch(
                 depthwise_conv2d_fwd_kernel,
-                (_tiles(n * oh * ow, c),),
+                (_tiles(n * oh * ow, c, blocks),),
                 **{"x": a, "w": weight, "bias": weight if bias is None else bias, "y": y, "M": n * oh * ow},
                 **{"C": c // vec, "H": h, "W": w, "OH": oh, "OW": ow, "KH": kh, "KW": kw},
                 **strides(a, vec, "xn", "xh", "xw"),
                 **_filters(weight),
                 **_axes(stride, padding, dilation),
                 **{"VEC": vec, "HAS_BIAS": bias is not None},
-                **BLOCKS,
+                **blocks,
             )
     return y.contiguous(memory_format=_memory_format(x, weight))
 
@@ -283,11 +288,12 @@ def depthwise_conv2d_input_grad_triton(dy, weight, input_size, stride, padding, 
     if dx.numel() > 0:
         a = nhwc(dy)
         vec = vector_width((a, dx), c)
+        blocks = depthwise_blocks(vec, dy.dtype.itemsize)
         tap_step_h, tap_step_w = (stride[axis] // math.gcd(stride[axis], dilation[axis]) for axis in (0, 1))
         with torch.cuda.device_of(dy):
             launch(
                 depthwise_conv2d_input_grad_kernel,
-                (_tiles(n * triton.cdiv(h, stride[0]) * triton.cdiv(w, stride[1]), c), stride[0] * stride[1]),
+                (_tiles(n * triton.cdiv(h, stride[0]) * triton.cdiv(w, stride[1]), c, blocks), stride[0] * stride[1]),
                 **{"dy": a, "w": weight, "dx": dx, "N": n},
                 **{"C": c // vec, "H": h, "W": w, "OH": oh, "OW": ow, "KH": kh, "KW": kw},
                 **strides(a, vec, "yn", "yh", "yw"),
@@ -295,7 +301,7 @@ def depthwise_conv2d_input_grad_triton(dy, weight, input_size, stride, padding, 
                 **_axes(stride, padding, dilation),
                 **{"tap_step_h": tap_step_h, "tap_step_w": tap_step_w},
                 **{"VEC": vec, "TAPS_W": triton.cdiv(kw, tap_step_w)},
-                **BLOCKS,
+                **blocks,
             )
     return dx.contiguous(memory_format=_memory_format(dy, weight))
 
@@ -308,9 +314,10 @@ def depthwise_conv2d_weight_grad__triton(dy, x, dweight, stride, padding, dilati
     kh, kw = dweight.shape[2:]
     a, b = nhwc(dy), nhwc(x)
     vec = vector_width((a, b), c)
-    programs = triton.cdiv(c, BLOCKS["BLOCK_C"]) * kh * kw
+    blocks = depthwise_blocks(vec, x.dtype.itemsize)
+    programs = triton.cdiv(c, blocks["BLOCK_C"]) * kh * kw
     # Eight programs per multiprocessor hide the latency of loads that nothing else hides.
-    splits = max(1, min(8 * MULTIPROCESSORS // programs, triton.cdiv(n * oh * ow, 8 * BLOCKS["BLOCK_M"])))
+    splits = max(1, min(8 * MULTIPROCESSORS // programs, triton.cdiv(n * oh * ow, 8 * blocks["BLOCK_M"])))
     share = triton.cdiv(n * oh * ow, splits)
     partials = torch.empty((splits, c, kh, kw, 1), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
@@ -323,6 +330,6 @@ def depthwise_conv2d_weight_grad__triton(dy, x, dweight, stride, padding, dilati
             **strides(b, vec, "xn", "xh", "xw"),
             **_axes(stride, padding, dilation),
             **{"VEC": vec},
-            **BLOCKS,
+            **blocks,
         )
         add_partials(partials, dweight)

@@ -1,4 +1,4 @@
-"""What every launcher needs: layouts that kernels can read in place, vector widths, and the launch itself.
+"""What every launcher needs: vector widths, strides in vectors, tiles, and the launch itself.
 
 Rule for every kernel of this package: sizes, strides and channel counts are run-time arguments that Triton does not
 specialise on, so a new width never compiles anything. What the compiler must know of them, how many elements one load
@@ -6,7 +6,6 @@ may take, is the explicit constant VEC: 16 bytes, 4 bytes or one element. Stride
 by VEC and multiplied again in the kernel, which tells the compiler their divisibility.
 """
 
-import torch
 from torch import Tensor
 
 MULTIPROCESSORS = 128  # a round figure between an A100's 108 and an H100's 132: enough programs to fill either
@@ -15,15 +14,6 @@ MULTIPROCESSORS = 128  # a round figure between an A100's 108 and an H100's 132:
 def launch(kernel, grid: tuple[int, ...], **arguments) -> None:
     """Run a kernel on the current stream of the current device."""
     kernel[grid](**arguments)
-
-
-def nhwc(x: Tensor) -> Tensor:
-    """x itself where its channels are adjacent in memory (any pitch), else a channels_last copy."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous(memory_format=torch.channels_last)
-
-
-def empty_nhwc(like: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
-    return torch.empty((n, c, h, w), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def vector_width(tensors: tuple[Tensor, ...], *counts: int) -> int:

@@ -17,9 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .._layout import empty_nhwc, nhwc, slice_ohwi
 from ..ops.slim_conv2d import _memory_format, _output_size
 from .geometry import congruent_pixels
-from .launch import MULTIPROCESSORS, empty_nhwc, largest_tile, launch, nhwc, strides, vector_width
+from .launch import MULTIPROCESSORS, largest_tile, launch, strides, vector_width
 
 # ---- forward
 
@@ -241,8 +242,8 @@ def slim_conv2d_weight_grad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # One program makes a [BLOCK_M output channels, BLOCK_N input channels] tile of one tap of one group, summed over one
-    # split of the output pixels; programs that share pixels are neighbours.
+    # One program makes a [BLOCK_M output channels, BLOCK_N input channels] tile of one tap of one group, summed over
+    # one split of the output pixels; programs that share pixels are neighbours.
     # Reads: for each chunk of BLOCK_K pixels, their dy and the x under the tap, zero in the padding.
     # Keeps: the tile's float32 sums.
     # Writes: the tile as a partial sum, or, where one split has all pixels (ADD), adds it to the gradient.
@@ -333,7 +334,7 @@ def forward_blocks(rows: int, columns: int, depth: int, vec: int, dtype: torch.d
     narrow = vec * dtype.itemsize < 16
     if dtype == torch.float32 and precision == "ieee":
         return {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 8 if narrow else 4, "num_stages": 2}
-    block_n = 32 if columns <= 32 else 64 if narrow else largest_tile(columns, (64, 128))
+    block_n = 64 if narrow else largest_tile(columns, (64, 128))
     full = triton.cdiv(rows, 128) * triton.cdiv(columns, block_n) >= MULTIPROCESSORS
     block_m = 128 if full and not narrow else 64
     block_k = (32 if narrow else largest_tile(depth, (32, 64))) * 2 // dtype.itemsize
@@ -346,17 +347,23 @@ def forward_blocks(rows: int, columns: int, depth: int, vec: int, dtype: torch.d
     }
 
 
-def weight_grad_blocks(o: int, c: int, vec: int, dtype: torch.dtype, precision: str) -> dict[str, int]:
-    """Tile sizes of the weight gradient: the channel tiles that waste least, and 128 bytes of pixels at a time.
+def weight_grad_blocks(o: int, c: int, filters: int, vec: int, dtype: torch.dtype, precision: str) -> dict[str, int]:
+    """Tile sizes of the weight gradient.
 
-    Narrow loads and exact float32 take small tiles, as in `forward_blocks`.
+    Args:
+        o, c: output and input channels of a group. filters: taps times groups, each with tiles of its own.
+
+    The channel tiles that waste least, and 128 bytes of pixels at a time. 128 x 128 only where that leaves so few tiles
+    that pixels are split: a tile that adds to the gradient itself holds both in registers. Float32, narrow loads and
+    exact float32 take small tiles, as in `forward_blocks`.
     """
+    narrow = vec * dtype.itemsize < 16
     if dtype == torch.float32 and precision == "ieee":
         return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-    narrow = vec * dtype.itemsize < 16
     small = narrow or dtype == torch.float32
-    block_m = 64 if small else largest_tile(o, (64, 128))
-    block_n = 32 if c <= 32 else 64 if small else largest_tile(c, (64, 128))
+    block_m, block_n = (64 if small else largest_tile(channels, (64, 128)) for channels in (o, c))
+    if triton.cdiv(o, block_m) * triton.cdiv(c, block_n) * filters > MULTIPROCESSORS:
+        block_n = 64
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
@@ -384,12 +391,6 @@ def _axes(stride, padding, dilation) -> dict[str, int]:
     return {f"{name}_{axis}": pair[i] for name, pair in pairs.items() for i, axis in enumerate("hw")}
 
 
-def _slice_ohwi(weight, out_channels, in_channels):
-    """[out, in, KH, KW], in place where input channels are adjacent in memory, else a packed copy."""
-    w = weight[:out_channels, :in_channels]
-    return w if w.stride(1) == 1 or in_channels == 1 else w.contiguous(memory_format=torch.channels_last)
-
-
 def slim_conv2d_triton(x, weight, bias, out_channels, stride, padding, dilation, groups):
     n, channels, h, w = x.shape
     kh, kw = weight.shape[2:]
@@ -397,7 +398,7 @@ def slim_conv2d_triton(x, weight, bias, out_channels, stride, padding, dilation,
     y = empty_nhwc(x, n, out_channels, oh, ow)
     c, o = channels // groups, out_channels // groups
     if y.numel() > 0:
-        a, b = nhwc(x), _slice_ohwi(weight, out_channels, c)
+        a, b = nhwc(x), slice_ohwi(weight, out_channels, c)
         vec = vector_width((a, b, y), c, o)
         precision = input_precision(x.dtype)
         blocks = forward_blocks(n * oh * ow, o, c, vec, x.dtype, precision)
@@ -424,7 +425,7 @@ def slim_conv2d_input_grad_triton(dy, weight, input_size, stride, padding, dilat
     dx = empty_nhwc(dy, n, channels, h, w)
     c, o = channels // groups, out_channels // groups
     if dx.numel() > 0:
-        a, b = nhwc(dy), _slice_ohwi(weight, out_channels, c)
+        a, b = nhwc(dy), slice_ohwi(weight, out_channels, c)
         vec = vector_width((a, b, dx), c, o)
         precision = input_precision(dy.dtype)
         largest_class = n * triton.cdiv(h, stride[0]) * triton.cdiv(w, stride[1])
@@ -457,7 +458,7 @@ def slim_conv2d_weight_grad__triton(dy, x, dweight, stride, padding, dilation, g
     a, b = nhwc(dy), nhwc(x)
     vec = vector_width((a, b), c, o)
     precision = input_precision(x.dtype)
-    blocks = weight_grad_blocks(o, c, vec, x.dtype, precision)
+    blocks = weight_grad_blocks(o, c, kh * kw * groups, vec, x.dtype, precision)
     tiles = triton.cdiv(o, blocks["BLOCK_M"]) * triton.cdiv(c, blocks["BLOCK_N"]) * kh * kw
     splits, share = pixel_splits(tiles * groups, n * oh * ow, blocks["BLOCK_K"])
     with torch.cuda.device_of(x):
