@@ -5,6 +5,7 @@
 >>> losses = step(images, targets)
 """
 
+from . import _cuda_paths as _cuda_paths  # registers the kernels for CUDA tensors
 from .accumulate import AccumulateIntoGrad
 from .convert import convert
 from .fuse import fuse, fused_chains

@@ -3,10 +3,16 @@
 `define` declares an operator with its plain-PyTorch reference, which serves every device from the first day.
 `differentiable` attaches the autograd formula. A C++ kernel takes over its device when the native library that
 registers it is imported (csrc/*/<op>, last lines); `use_kernel` does the same for a Python (Triton) launcher.
+
+On CUDA several kernels can serve a convolution, and a dispatch key has room for one: a second registration would win
+silently. So the rule in _cuda_paths.py owns the key, and the C++ kernel waits under a name of its own,
+gradaug::<operator>_cuda_cpp, where `cuda_cpp_kernel` finds it. GRADAUG_CUDA says which kernel the rule prefers.
 """
 
+import functools
 import importlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +23,7 @@ _BACKENDS: dict[
     str, dict[str, str]
 ] = {}  # operator -> {"cpu": "cpp", "cuda": "reference"}; backward operators included
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+CUDA_CHOICES = ("auto", "triton", "cpp", "cudnn", "reference")
 
 
 def define(schema: str, reference: Callable, fake: Callable, composite: bool = False) -> torch._ops.OpOverload:
@@ -84,6 +91,28 @@ def use_kernel(op: torch._ops.OpOverload, kernel: Callable, device: str, backend
     _BACKENDS[name][device] = backend
 
 
+@functools.cache
+def cuda_choice() -> str:
+    """GRADAUG_CUDA: which kernels serve CUDA tensors, "auto" if it is not set. Read once.
+
+    auto: for each shape the best of all, by table or by rule (_cuda_paths.py). triton, cpp, cudnn: that one for every
+    convolution that it can do. reference: no kernel of ours at all.
+
+    Raises:
+        ValueError: for another value.
+    """
+    choice = os.environ.get("GRADAUG_CUDA", "auto")
+    if choice not in CUDA_CHOICES:
+        raise ValueError(f"GRADAUG_CUDA must be one of {', '.join(CUDA_CHOICES)}, got {choice!r}")
+    return choice
+
+
+def cuda_cpp_kernel(op: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    """The C++ CUDA kernel of an operator that has several, None where it was not built."""
+    packet = getattr(torch.ops.gradaug, f"{_name(op)}_cuda_cpp", None)
+    return packet and packet.default
+
+
 def backends() -> dict[str, dict[str, str]]:
     """Which backend serves each operator on each device: {"slim_conv2d": {"cpu": "cpp", "cuda": "triton"}, ...}."""
     return {name: dict(served) for name, served in _BACKENDS.items()}
@@ -111,7 +140,8 @@ def load_native() -> None:
             "run `pip install --no-build-isolation --no-deps --force-reinstall .` in its source folder"
         )
     # A CUDA library needs libtorch_cuda, which a CPU build of the same torch release does not have.
-    for name in ("_cpu", "_cuda") if config["cuda"] and torch.version.cuda else ("_cpu",):
+    with_cuda = config["cuda"] and torch.version.cuda and cuda_choice() != "reference"
+    for name in ("_cpu", "_cuda") if with_cuda else ("_cpu",):
         try:
             importlib.import_module(f"gradaug_kernels.{name}")
         except ImportError as error:

@@ -1,0 +1,249 @@
+"""Who serves a convolution of CUDA tensors: one rule, `path_for`, which every call goes through.
+
+    gemm         a strided matrix product by cuBLAS (_gemm.py): 1x1, stride 1, no padding, no groups
+    depthwise    direct Triton kernels (_triton/depthwise_conv2d.py)
+    triton       implicit GEMM in Triton (_triton/slim_conv2d.py)
+    cpp          implicit GEMM in CUDA C++ (csrc/cuda/slim_conv2d.cu), where it was built
+    cudnn        cuDNN on a packed copy of the slice (_cudnn.py)
+
+GRADAUG_CUDA=triton, cpp or cudnn takes that path wherever it exists (triton: with gemm and depthwise); `auto` takes
+what `gradaug tune` measured on this card for the bucket of the shape (_tuning/<card>.json), else `default_path`.
+Linear layers are gemm always. Batch norm has one CUDA kernel, in C++, which registers itself.
+"""
+
+import functools
+import importlib
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from . import _cudnn, _gemm
+from ._library import cuda_choice, cuda_cpp_kernel, use_kernel
+
+_OPS = torch.ops.gradaug
+TUNING = Path(__file__).with_name("_tuning")
+DIRECTIONS = ("forward", "input_grad", "weight_grad")
+_LIMIT = 2**31 - 2**16  # what a kernel may count in 32 bits, a last tile included
+_GRID_LIMIT = 2**16  # groups times residues of the stride are one axis of a grid
+
+
+class Geometry(NamedTuple):
+    """One convolution of a sub-network, in one direction."""
+
+    direction: str
+    dtype: torch.dtype
+    n: int
+    c: int  # input channels
+    h: int
+    w: int
+    o: int  # output channels
+    full_c: int  # input channels of a group at full width
+    full_o: int
+    kh: int
+    kw: int
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    @property
+    def pixels(self) -> int:
+        """N * OH * OW."""
+        oh, ow = (
+            (size + 2 * self.padding[a] - self.dilation[a] * (kernel - 1) - 1) // self.stride[a] + 1
+            for a, size, kernel in ((0, self.h, self.kh), (1, self.w, self.kw))
+        )
+        return self.n * oh * ow
+
+    @property
+    def depthwise(self) -> bool:
+        return self.groups == self.c == self.o and self.groups > 1
+
+    @property
+    def whole(self) -> bool:
+        """Whether the slice is the whole weight."""
+        return self.o == self.full_o and self.c // self.groups == self.full_c
+
+
+# ---- the rule
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def candidates(geometry: Geometry) -> list[str]:
+    """The paths that can do this convolution here."""
+    g = geometry
+    paths = []
+    dense_1x1 = g.kh == g.kw == g.groups == 1 and g.stride == (1, 1) and g.padding == (0, 0)
+    # cuBLAS obeys the setting for matrix products; where that for convolutions differs, it is not asked.
+    same_precision = g.dtype != torch.float32 or _tf32(torch.backends.cudnn.conv) == _tf32(torch.backends.cuda.matmul)
+    if dense_1x1 and same_precision:
+        paths.append("gemm")
+    weights = g.full_o * g.full_c * g.kh * g.kw
+    countable = max(g.pixels, g.n * g.h * g.w, g.h * g.w * g.c, g.h * g.w * g.o, weights) < _LIMIT
+    countable = countable and g.groups * g.stride[0] * g.stride[1] < _GRID_LIMIT
+    if has_triton() and g.dtype != torch.float64 and countable:
+        paths.append("depthwise" if g.depthwise else "triton")
+    if "cpp" in paths_built() and countable:
+        paths.append("cpp")
+    return [*paths, "cudnn"]
+
+
+def default_path(geometry: Geometry, among: list[str]) -> str:
+    """The choice of `auto` for a shape that no table of this card has.
+
+    gemm and depthwise wherever they exist: no packing, and nothing planned per shape. cuDNN where it has nothing to
+    pack and its plans repeat (the whole weight), where there are too few channels for tensor cores (groups, and fewer
+    than 16: image stems), and for exact float32, which has no tensor cores. Otherwise a slice, and with random widths
+    always a new one: triton, or cpp without Triton.
+    """
+    g = geometry
+    for path in ("gemm", "depthwise"):
+        if path in among:
+            return path
+    exact = g.dtype == torch.float32 and not _tf32(torch.backends.cudnn.conv)
+    if g.whole or exact or g.groups > 1 or min(g.c, g.o) < 16:
+        return "cudnn"
+    return next(path for path in ("triton", "cpp", "cudnn") if path in among)
+
+
+def path_for(geometry: Geometry, choice: str | None = None, table: dict[str, str] | None = None) -> str:
+    """The path of a convolution.
+
+    Args:
+        choice: a value of GRADAUG_CUDA other than "reference"; None is that of the environment.
+        table: for "auto": bucket -> path, as `gradaug tune` measured on the card.
+    """
+    choice = choice or cuda_choice()
+    among = candidates(geometry)
+    if choice == "auto":
+        measured = table and table.get(bucket(geometry))
+        return measured if measured in among else default_path(geometry, among)
+    preferred = ("gemm", "depthwise", "triton") if choice == "triton" else (choice,)
+    return next((path for path in preferred if path in among), "cudnn")
+
+
+def bucket(geometry: Geometry) -> str:
+    """What a table distinguishes: kinds, and sizes by powers of two.
+
+    Channels count by the vector loads they allow too: divisible by 8, by 2 or by neither.
+    """
+    g = geometry
+    per_group = (g.c // g.groups, g.o // g.groups)
+    vector = next(v for v in (8, 2, 1) if not any(channels % v for channels in per_group))
+    kind = "depthwise" if g.depthwise else "grouped" if g.groups > 1 else "dense"
+    sizes = " ".join(f"{k}{(v - 1).bit_length()}" for k, v in zip("iop", (*per_group, g.pixels), strict=True))
+    return (
+        f"{g.direction} {str(g.dtype).removeprefix('torch.')} {kind} {g.kh}x{g.kw} "
+        f"stride {max(g.stride)} dilation {max(g.dilation)} {'whole' if g.whole else 'slice'} vector {vector} {sizes}"
+    )
+
+
+def _tf32(setting) -> bool:
+    return setting.fp32_precision == "tf32"
+
+
+# ---- tables
+
+
+def card_name(device: torch.device) -> str:
+    """The file name of a card's table: "nvidia-h100-80gb-hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+
+
+@functools.cache
+def table_of(device: torch.device) -> dict[str, str]:
+    """What `gradaug tune` measured on this card: bucket -> path. Empty where it did not run."""
+    path = TUNING / f"{card_name(device)}.json"
+    return json.loads(path.read_text())["paths"] if path.exists() else {}
+
+
+# ---- kernels
+
+
+@functools.cache
+def paths_built() -> dict[str, dict[str, object]]:
+    """path -> direction -> kernel with the operator's own signature."""
+
+    def kernels(module, stem, suffix):
+        names = (f"{stem}_{suffix}", f"{stem}_input_grad_{suffix}", f"{stem}_weight_grad__{suffix}")
+        return dict(zip(DIRECTIONS, (getattr(module, name) for name in names), strict=True))
+
+    paths = {"gemm": kernels(_gemm, "slim_conv2d", "gemm"), "cudnn": kernels(_cudnn, "slim_conv2d", "cudnn")}
+    if has_triton():
+        for path, name in (("triton", "slim_conv2d"), ("depthwise", "depthwise_conv2d")):
+            paths[path] = kernels(importlib.import_module(f"gradaug_kernels._triton.{name}"), name, "triton")
+    cpp = [cuda_cpp_kernel(op) for op in _CONVOLUTIONS]
+    if all(cpp):
+        paths["cpp"] = dict(zip(DIRECTIONS, cpp, strict=True))
+    return paths
+
+
+def _serve(geometry: Geometry, device: torch.device):
+    table = table_of(device) if cuda_choice() == "auto" else None
+    return paths_built()[path_for(geometry, table=table)][geometry.direction]
+
+
+def _slim_conv2d(x, weight, bias, out_channels, stride, padding, dilation, groups):
+    (n, c, h, w), (full_o, full_c, kh, kw) = x.shape, weight.shape
+    options = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    geometry = Geometry("forward", x.dtype, n, c, h, w, out_channels, full_c, full_o, kh, kw, *options)
+    return _serve(geometry, x.device)(x, weight, bias, out_channels, *options)
+
+
+def _slim_conv2d_input_grad(dy, weight, input_size, stride, padding, dilation, groups):
+    (n, c, h, w), (full_o, full_c, kh, kw) = input_size, weight.shape
+    options = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    geometry = Geometry("input_grad", dy.dtype, n, c, h, w, dy.shape[1], full_c, full_o, kh, kw, *options)
+    return _serve(geometry, dy.device)(dy, weight, input_size, *options)
+
+
+def _slim_conv2d_weight_grad_(dy, x, dweight, stride, padding, dilation, groups):
+    (n, c, h, w), (full_o, full_c, kh, kw) = x.shape, dweight.shape
+    options = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    geometry = Geometry("weight_grad", x.dtype, n, c, h, w, dy.shape[1], full_c, full_o, kh, kw, *options)
+    _serve(geometry, x.device)(dy, x, dweight, *options)
+
+
+_CONVOLUTIONS = {
+    _OPS.slim_conv2d.default: _slim_conv2d,
+    _OPS.slim_conv2d_input_grad.default: _slim_conv2d_input_grad,
+    _OPS.slim_conv2d_weight_grad_.default: _slim_conv2d_weight_grad_,
+}
+_LINEARS = {
+    _OPS.slim_linear.default: _gemm.slim_linear_gemm,
+    _OPS.slim_linear_input_grad.default: _gemm.slim_linear_input_grad_gemm,
+    _OPS.slim_linear_weight_grad_.default: _gemm.slim_linear_weight_grad__gemm,
+}
+
+
+def register() -> None:
+    """Take over the CUDA key, as GRADAUG_CUDA says. Called once, when the package is imported.
+
+    Raises:
+        ImportError: if GRADAUG_CUDA names a kernel that is not here.
+    """
+    choice = cuda_choice()
+    if choice == "reference":
+        return
+    if choice in ("triton", "cpp") and choice not in paths_built():
+        raise ImportError(
+            f"GRADAUG_CUDA={choice} needs "
+            f"{'the package triton' if choice == 'triton' else 'the CUDA extension, which was not built'}; "
+            f"found {', '.join(paths_built())}"
+        )
+    backend = "+".join(paths_built()) if choice == "auto" else choice
+    for op, kernel in _CONVOLUTIONS.items():
+        use_kernel(op, kernel, "cuda", backend)
+    for op, kernel in _LINEARS.items():
+        use_kernel(op, kernel, "cuda", "gemm")
+
+
+register()
