@@ -1,0 +1,155 @@
+"""Draws the README's figures from the rows of one folder: `python -m benchmarks.plot [FOLDER]`.
+
+Writes step.png, layers.png, throughput.png and memory.png beside the CSV files, each if there are rows for it. Of rows
+that measure the same thing the last one counts; what ours did behind a red gate is not drawn.
+"""
+
+import argparse
+import csv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+RESULTS = Path(__file__).parent / "results"
+COLOURS = {"ours": "#c23b22", "eager": "#9a9a9a", "compile": "#4b7bab", "eager8": "#d4b15f"}
+OP_COLOURS = {"slim_conv2d": "#c23b22", "slim_batch_norm": "#4b7bab", "slim_linear": "#d4b15f"}
+
+Rows = list[dict[str, str]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description="draw the rows of a folder")
+    parser.add_argument("folder", type=Path, nargs="?", default=RESULTS)
+    for path in draw_all(parser.parse_args(arguments).folder):
+        print(path)
+    return 0
+
+
+def draw_all(folder: Path) -> list[Path]:
+    """The figures that the rows in folder/*.csv allow; their paths."""
+    rows = read_rows(folder)
+    written = []
+    for name, bench, draw in (
+        ("step", "step", draw_step),
+        ("memory", "memory", draw_memory),
+        ("layers", ".total", draw_layers),
+        ("throughput", "throughput", draw_throughput),
+    ):
+        chosen = [row for row in rows if row["bench"] == bench or (bench[0] == "." and row["bench"].endswith(bench))]
+        if chosen:
+            written.append(folder / f"{name}.png")
+            draw(chosen).savefig(written[-1], dpi=150, bbox_inches="tight")
+    return written
+
+
+def read_rows(folder: Path) -> Rows:
+    latest = {}
+    for path in sorted(folder.glob("*.csv")):
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                key = tuple(row[name] for name in ("bench", "case", "provider", "dtype", "device", "threads", "width"))
+                latest[key] = row
+    return [row for row in latest.values() if row["gate"] != "red"]
+
+
+def draw_step(rows: Rows) -> Figure:
+    """Bars: how many times faster than plain eager a step is."""
+    return _bars(rows, "median_ms", lambda eager, value: eager / value, "times faster than eager")
+
+
+def draw_memory(rows: Rows) -> Figure:
+    """Bars: the peak of a step as a share of plain eager's."""
+    return _bars(rows, "peak_mb", lambda eager, value: value / eager, "peak memory of a step / eager's")
+
+
+def _bars(rows: Rows, field: str, ratio: Callable[[float, float], float], label: str) -> Figure:
+    cases: dict[str, dict[str, float]] = {}
+    for row in rows:
+        case = f"{row['case'].split(' (')[0]}, {row['dtype']}"
+        cases.setdefault(case, {})[row["provider"]] = float(row[field])
+    cases = {case: values for case, values in cases.items() if "eager" in values}
+    providers = [name for name in COLOURS if any(name in values for values in cases.values())]
+    height = 0.8 / max(1, len(providers))
+    axes = _axes(Figure(figsize=(7, 0.8 + 0.28 * len(cases) * len(providers))), rows[0])
+    for i, provider in enumerate(providers):
+        for j, values in enumerate(cases.values()):
+            if provider in values:
+                shown = ratio(values["eager"], values[provider])
+                bar = axes.barh(j + i * height, shown, height, color=COLOURS[provider], label=provider)
+                axes.bar_label(bar, [f"{shown:.2f}"], padding=3, fontsize=8)
+    axes.set_yticks([j + height * (len(providers) - 1) / 2 for j in range(len(cases))], list(cases))
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel(label)
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    axes.legend(unique.values(), unique.keys(), fontsize=8)
+    return axes.figure
+
+
+def draw_layers(rows: Rows) -> Figure:
+    """Points: each layer's forward and backward against the best baseline, slowest first."""
+    found = sorted(
+        (float(row["x_best"]), row["bench"].split(".")[0])
+        for row in rows
+        if row["provider"] == "ours" and row["x_best"]
+    )
+    axes = _axes(Figure(figsize=(7, 3.5)), rows[0])
+    for op, colour in OP_COLOURS.items():
+        points = [(rank, ratio) for rank, (ratio, of) in enumerate(found) if of == op]
+        if points:
+            axes.scatter(*zip(*points, strict=True), s=9, color=colour, label=op)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("layers, sorted")
+    axes.set_ylabel("times faster than the best baseline")
+    axes.legend(fontsize=8)
+    return axes.figure
+
+
+def draw_throughput(rows: Rows) -> Figure:
+    """Curves against the width: images per second, arithmetic and peak memory of sub-networks."""
+    panels = (("rate", "images / s"), ("gflop", "GFLOP / image"), ("peak_mb", "peak memory, MB"))
+    curves = sorted({(row["case"], row["dtype"], row["provider"]) for row in rows})
+    figure = Figure(figsize=(11, 3.3), layout="constrained")
+    figure.suptitle(_machine(rows[0]), fontsize=8)
+    for axes, (field, label) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for case, dtype, provider in curves:
+            points = sorted(
+                (float(row["width"]), float(row[field]))
+                for row in rows
+                if (row["case"], row["dtype"], row["provider"]) == (case, dtype, provider) and row[field]
+            )
+            if points and (field != "gflop" or provider == "ours"):
+                line = "-" if provider == "ours" else "--"
+                axes.plot(
+                    *zip(*points, strict=True), line, marker="o", markersize=3, label=f"{case} {dtype} {provider}"
+                )
+        axes.set_xlabel("width")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        _bare(axes)
+    figure.axes[0].legend(fontsize=6)
+    return figure
+
+
+def _axes(figure: Figure, row: dict[str, str]) -> Axes:
+    axes = figure.subplots()
+    axes.set_title(_machine(row), fontsize=8)
+    _bare(axes)
+    return axes
+
+
+def _machine(row: dict[str, str]) -> str:
+    return f"{row['device']}, {row['threads']} threads, torch {row['torch']}, commit {row['commit']}"
+
+
+def _bare(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

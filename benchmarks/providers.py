@@ -1,0 +1,84 @@
+"""Who runs a GradAug step: ours, and the strongest that a user of stock PyTorch could have.
+
+ours      gradaug_kernels.convert and GradAug
+eager     plain PyTorch (eager.py): channels_last, autocast, a large cuDNN plan cache and no benchmark mode
+compile   torch.compile of eager's model, with as many graphs as there are widths
+eager8    eager with channels rounded to multiples of 8
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+import gradaug_kernels as gk
+
+from .cases import DTYPES, Network
+from .eager import eager_slimmable, eager_step
+
+PROVIDERS = ("ours", "eager", "compile", "eager8")
+GRAPHS = 64  # torch.compile falls back to eager beyond its limit of graphs, by default 8
+
+
+def autocast_dtype(dtype: str) -> torch.dtype | None:
+    return None if dtype == "fp32" else DTYPES[dtype]
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=True)
+
+
+class StepRun:
+    """One provider's model and optimizer on a fixed batch; calling it runs one step and returns the losses."""
+
+    def __init__(self, provider: str, net: Network, dtype: str, device: torch.device):
+        self.net = net
+        self.images, self.targets = net.images_and_targets(device)
+        self.autocast_dtype = autocast_dtype(dtype)
+        model = net.build(device)
+        if provider == "ours":
+            self.model = gk.convert(model).to(memory_format=torch.channels_last)
+        else:
+            self.model = eager_slimmable(model, 8 if provider == "eager8" else 1).to(memory_format=torch.channels_last)
+        self.optimizer = make_optimizer(self.model)
+        if provider == "compile":
+            torch._dynamo.reset()
+            torch._dynamo.config.recompile_limit = GRAPHS
+            self.model.compile()
+        self._step = self._ours() if provider == "ours" else self._eager
+
+    def __call__(self, subnets: Sequence[tuple[float, int]] | None = None) -> list[Tensor]:
+        """subnets: [(width, pixels)], those of the network's case by default."""
+        return self._step(self.net.subnets if subnets is None else subnets)
+
+    def gradients(self) -> Tensor:
+        """All of them in one float64 vector."""
+        return torch.cat([p.grad.flatten().double() for p in self.model.parameters()])
+
+    def _ours(self) -> Callable:
+        step = gk.GradAug(
+            self.model,
+            self.optimizer,
+            num_subnets=len(self.net.subnets),
+            min_width=min(width for width, _ in self.net.subnets),
+            resolutions=sorted({pixels for _, pixels in self.net.subnets}),
+            autocast_dtype=self.autocast_dtype,
+        )
+
+        def run(subnets):
+            draws = [gk.SubnetDraw(width, pixels, None, 0) for width, pixels in subnets]
+            losses = step(self.images, self.targets, draws)
+            return [losses.full, *losses.subnets]
+
+        return run
+
+    def _eager(self, subnets):
+        return eager_step(self.model, self.optimizer, self.images, self.targets, subnets, self.autocast_dtype)
+
+
+def reference_step(net: Network, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Losses and gradients of the first step in float64."""
+    model = eager_slimmable(net.build(device)).double()
+    images, targets = net.images_and_targets(device)
+    losses = eager_step(model, torch.optim.SGD(model.parameters(), 0.01), images.double(), targets, net.subnets)
+    return torch.stack(losses), torch.cat([p.grad.flatten() for p in model.parameters()])
