@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=TUNING, help="folder of the table (default: the package's)")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        parser.exit(1, "gradaug tune: needs an NVIDIA GPU that torch can use, found none\n")
+        raise ValueError("gradaug tune needs an NVIDIA GPU that torch can use, found none")
 
     device = torch.device("cuda", torch.cuda.current_device())
     dtypes = [getattr(torch, name) for name in options.dtypes]
@@ -172,7 +172,3 @@ def main(argv: list[str] | None = None) -> int:
     path.write_text(json.dumps({**versions, "paths": table}, indent=1, sort_keys=True) + "\n")
     print(f"{len(table)} buckets -> {path}")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -467,6 +467,12 @@ def test_traceback_on_request(command, tmp_path):
 # ---- info
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune for")
+def test_tune_without_a_gpu(capsys):
+    assert main(["tune"]) == 2
+    assert "gradaug tune needs an NVIDIA GPU that torch can use, found none" in capsys.readouterr().err
+
+
 def test_info_of_a_model(capsys):
     assert main(["info", "--json", "--model", "torchvision/resnet18"]) == 0
     chains = json.loads(capsys.readouterr().out)["chains"]

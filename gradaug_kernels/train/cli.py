@@ -1,4 +1,4 @@
-"""The command line: `gradaug train PRESET` and `gradaug info`."""
+"""The command line: `gradaug train PRESET`, `gradaug info` and `gradaug tune`."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import tune
 from .config import load_config, parse_setting, preset_names
 from .folder import FILES
 from .info import collect_info, format_info
@@ -27,7 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done; 2: something in the input is wrong, and one sentence on stderr says what; 130: interrupted.
     """
     command = None
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        if arguments[:1] == ["tune"]:  # has a parser of its own
+            return tune.main(arguments[1:])
         command = _parser().parse_args(arguments)
         return command.run(command)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
@@ -63,6 +67,8 @@ def _parser():
     train.add_argument("--overwrite", action="store_true", help="remove an earlier run from the output folder")
     train.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
     train.set_defaults(run=_train)
+
+    commands.add_parser("tune", help="measure on this GPU which kernel serves which shape, and keep the table")
 
     info = commands.add_parser(
         "info",
