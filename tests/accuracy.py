@@ -4,12 +4,15 @@ import torch
 from torch import Tensor
 
 
-def assert_as_accurate(ours: Tensor, torchs: Tensor, exact: Tensor, gradient: bool = False) -> None:
+def assert_as_accurate(
+    ours: Tensor, torchs: Tensor, exact: Tensor, gradient: bool = False, sharing: int = 1, terms: float = 0.0
+) -> None:
     """`ours` and `torchs`, results of one computation, against `exact` (float64): at most twice PyTorch's error.
 
     The root-mean-square and the largest error are compared, with half a unit in the last place of the largest value
-    to spare (an exact PyTorch result may be luck). A gradient must also point as well in the right direction and
-    be no more biased towards or away from zero, which hides under any elementwise tolerance.
+    to spare (an exact PyTorch result may be luck), or of `terms`, the size of what cancels in a sum. A gradient must
+    also point as well in the right direction and be no more biased towards or away from zero, which hides under any
+    elementwise tolerance; `sharing` values have a rounding in common (all of a channel have its scale).
     """
     assert ours.shape == exact.shape
     assert exact.dtype == torch.float64
@@ -17,15 +20,15 @@ def assert_as_accurate(ours: Tensor, torchs: Tensor, exact: Tensor, gradient: bo
         return
     eps = torch.finfo(torchs.dtype).eps
     ours, torchs = ours.double(), torchs.double()
-    spare = eps / 2 * exact.abs().max()
+    spare = eps / 2 * max(float(exact.abs().max()), terms)
     for name, measure in (("rms", lambda e: e.square().mean().sqrt()), ("largest", lambda e: e.abs().max())):
         got, allowed = measure(ours - exact), 2 * measure(torchs - exact) + spare
         assert got <= allowed, f"{name} error must be at most {allowed:.3e}, got {got:.3e}"
     if gradient:
         got, allowed = _lost_cosine(ours, exact), 2 * _lost_cosine(torchs, exact) + eps**2
         assert got <= allowed, f"1 - cosine must be at most {allowed:.3e}, got {got:.3e}"
-        # The rounding errors of n values drift by about 1 / sqrt(n) of a unit without any bias.
-        got, allowed = _bias(ours, exact), 2 * _bias(torchs, exact) + eps * (exact.numel() ** -0.5 + 0.02)
+        # n independent rounding errors drift by about 1 / sqrt(n) of a unit without any bias.
+        got, allowed = _bias(ours, exact), 2 * _bias(torchs, exact) + eps * ((sharing / exact.numel()) ** 0.5 + 0.02)
         assert got <= allowed, f"relative bias must be at most {allowed:.3e}, got {got:.3e}"
 
 

@@ -1,7 +1,7 @@
 """The cases that feed correctness, gradients, opcheck, the Triton interpreter, CUDA and the benchmarks' gate.
 
-`conv_cases()` and `linear_cases()` are small: a whole list runs in seconds. Memory outside a slice is NaN, so that a
-kernel that reads it fails every comparison.
+`conv_cases()`, `linear_cases()` and `batch_norm_cases()` are small: a whole list runs in seconds. Memory outside a
+slice is NaN, so that a kernel that reads it fails every comparison.
 """
 
 from dataclasses import dataclass
@@ -174,6 +174,109 @@ def linear_cases() -> list[LinearCase]:
         LinearCase("features outermost", (7,), 18, 13, x_layout="columns", bias=False),
         LinearCase("features outermost, batch of two dimensions", (3, 5), 18, 13, x_layout="columns"),
         LinearCase("a transposed weight", (9,), 14, 15, weight_layout="columns"),
+    ]
+
+
+@dataclass(frozen=True)
+class BatchNormCase:
+    """One batch norm with the first channels of full-width parameters; names follow ops/slim_batch_norm.py."""
+
+    name: str
+    shape: tuple[int, int, int, int]  # N, C, H, W
+    residual: bool = False
+    relu: bool = False
+    given: bool = False  # normalise with given statistics instead of the batch's
+    weight: str | None = "stats"  # stats (float32; float64 where x is), x (the dtype of x), None
+    bias: str | None = "stats"
+    wider: int = 3  # elements of the full-width parameters beyond the sub-network's
+    x_layout: str = "nhwc"  # nhwc, nchw, wide, wide_nchw (channel slices of wider tensors), swapped (W outside H)
+    others_layout: str | None = None  # layout of residual and dy where it is another one
+    center: float = 1.0  # the data's mean
+    spread: float = 2.0  # and standard deviation
+
+    @property
+    def channels(self) -> int:
+        return self.shape[1]
+
+    def tensors(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Tensor | None]:
+        """x, residual, dy [N, C, H, W]; weight, bias [F], NaN from C on; mean, var [C]. None where there is none."""
+        randn = _generator(dtype, device, seed)
+        stats_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        exact = _generator(torch.float64, device, seed + 1)
+
+        def parameter(kind: str | None, center: float) -> Tensor | None:
+            if kind is None:
+                return None
+            full = torch.full((self.channels + self.wider,), torch.nan, dtype=dtype if kind == "x" else stats_dtype)
+            full[: self.channels] = center + exact(self.channels).cpu() / 2
+            return full.to(device)
+
+        others = self.others_layout or self.x_layout
+        x = self._lay_out(self.center + self.spread * exact(*self.shape), self.x_layout).to(dtype)
+        statistics = (None, None)
+        if self.given:
+            mean, var = exact(self.channels), exact(self.channels).square() + 0.5
+            statistics = (self.center + mean, self.spread**2 * var)
+        return {
+            "x": x,
+            "weight": parameter(self.weight, 1),
+            "bias": parameter(self.bias, 0),
+            "mean": None if statistics[0] is None else statistics[0].to(stats_dtype),
+            "var": None if statistics[1] is None else statistics[1].to(stats_dtype),
+            "residual": self._lay_out(randn(*self.shape), others) if self.residual else None,
+            "dy": self._lay_out(randn(*self.shape) + 0.25, others),
+        }
+
+    def _lay_out(self, values: Tensor, layout: str) -> Tensor:
+        if layout == "nhwc":
+            return values.contiguous(memory_format=NHWC)
+        if layout == "swapped":
+            return values.transpose(2, 3).contiguous().transpose(2, 3)
+        if layout == "nchw":
+            return values
+        n, c, height, width = self.shape
+        wide = values.new_full((n, c + 5, height, width), torch.nan)
+        wide = wide.contiguous(memory_format=NHWC if layout == "wide" else NCHW)
+        wide[:, 2 : c + 2] = values
+        return wide[:, 2 : c + 2]
+
+
+def batch_norm_cases() -> list[BatchNormCase]:
+    def case(name, *shape, **options):
+        return BatchNormCase(name, shape, **options)
+
+    both = {"residual": True, "relu": True}
+    return [
+        case("64 channels", 4, 64, 8, 8, **both),
+        case("243 channels", 2, 243, 6, 5, **both),
+        case("129 channels of 1 pixel", 5, 129, 1, 1, relu=True),
+        case("7 channels", 3, 7, 9, 7, **both),
+        case("33 channels, an odd number of pixels", 1, 33, 7, 9, residual=True),
+        case("one channel", 5, 1, 6, 3, relu=True),
+        case("one channel of one pixel", 3, 1, 1, 1),
+        case("one value per channel", 1, 9, 1, 1, relu=True),
+        case("two values per channel", 2, 40, 1, 1, residual=True),
+        case("an empty batch", 0, 8, 5, 5, **both),
+        case("an empty batch with given statistics", 0, 8, 5, 5, given=True),
+        case("NCHW", 4, 13, 7, 9, x_layout="nchw", **both),
+        case("NCHW of one channel", 3, 1, 5, 7, x_layout="nchw"),
+        case("NCHW of one image", 1, 37, 5, 5, x_layout="nchw", relu=True),
+        case("NCHW of one pixel", 6, 18, 1, 1, x_layout="nchw", **both),
+        case("a channel slice", 2, 40, 6, 5, x_layout="wide", **both),
+        case("a channel slice of NCHW", 2, 40, 6, 5, x_layout="wide_nchw", **both),
+        case("swapped rows and columns", 2, 17, 6, 5, x_layout="swapped", **both),
+        case("NHWC among NCHW", 2, 24, 6, 5, others_layout="nchw", **both),
+        case("NCHW among NHWC", 2, 24, 6, 5, x_layout="nchw", others_layout="nhwc", **both),
+        case("given statistics", 2, 35, 6, 5, given=True, **both),
+        case("given statistics on NCHW", 2, 35, 6, 5, given=True, x_layout="nchw", relu=True),
+        case("without weight and bias", 2, 48, 5, 5, weight=None, bias=None, **both),
+        case("without bias", 2, 48, 5, 5, bias=None, relu=True),
+        case("without weight", 2, 48, 5, 5, weight=None, residual=True),
+        case("parameters in the dtype of x", 2, 48, 5, 5, weight="x", bias="x", **both),
+        case("parameters of the full width", 2, 48, 5, 5, wider=0, **both),
+        case("large mean", 3, 50, 7, 7, center=1000.0, spread=0.25, relu=True),
+        case("large mean on NCHW", 3, 50, 7, 7, center=-1000.0, spread=0.25, x_layout="nchw"),
+        case("small variance", 3, 50, 7, 7, center=0.0, spread=1e-4, relu=True),
     ]
 
 

@@ -4,9 +4,10 @@
 //           Few channels are folded: [M, C] is read as [M / fold, fold * C], so that a row fills vectors.
 //   planes  x is [N, C, S]: contiguous, S = H * W. A task takes one channel and a range of N.
 //
-// Both: one pass for the moments (or the gradient's sums), one that applies the per-channel coefficients. Sums run over
-// blocks in A (float; double for double) and are merged in double, in an order that depends only on the sizes and
-// on the number of threads. What is inlined into a Kernel::run is vectorised by the compiler, see multiversion.h.
+// Both: one pass for the moments (or the gradient's sums), one that applies the per-channel coefficients. Arithmetic is
+// in A (float; double for double). Rows are summed in A, block by block, and blocks in double; planes in double. The
+// order depends only on the sizes and on the number of threads. What is inlined into a Kernel::run is vectorised by the
+// compiler, see multiversion.h.
 #include "slim_batch_norm.h"
 
 #include <ATen/Dispatch.h>
@@ -29,13 +30,12 @@ namespace {
 template <typename T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-constexpr int64_t kBlockRows = 128;     // rows summed in A before they are merged in double
-constexpr int64_t kBlockPixels = 4096;  // the same for planes
-constexpr int64_t kFirstBlock = 4;      // values of the first block, whose center is its first value
-constexpr int64_t kGrowth = 8;          // of the next blocks, up to the sizes above
-constexpr int kLane = 32;               // channels of one unrolled step: 64 bytes of bfloat16
-constexpr int kUnroll = 4;              // rows of one step, so that accumulators and coefficients are loaded less often
-constexpr int64_t kGrain = 32768;       // elements that are worth a thread
+constexpr int64_t kFirstRows = 8;    // rows whose mean is the first center
+constexpr int64_t kGrowth = 4;       // the next block is so many times the rows before it: its center is that good
+constexpr int64_t kBlockRows = 128;  // but no more than these rows are summed in A
+constexpr int kLane = 32;            // channels of one unrolled step: 64 bytes of bfloat16
+constexpr int kUnroll = 4;           // rows of one step, so that accumulators and coefficients are loaded less often
+constexpr int64_t kGrain = 32768;    // elements that are worth a thread
 
 // ---- elements in registers; bit arithmetic, because the compiler vectorises it and not c10's conversions
 
@@ -52,6 +52,14 @@ GRADAUG_INLINE void store(at::BFloat16* p, float v) {  // to nearest even
   p->x = static_cast<uint16_t>(v != v ? 0x7fc0u : rounded);
 }
 GRADAUG_INLINE void store(at::Half* p, float v) { *p = at::Half(v); }
+
+// To T and back. The difference of two values of T is exact in A, or nearly so.
+template <typename T>
+GRADAUG_INLINE Acc<T> rounded(Acc<T> v) {
+  T t;
+  store(&t, v);
+  return load(&t);
+}
 
 // ---- rows
 
@@ -98,14 +106,10 @@ struct RowMoments {
   template <int L>
   static GRADAUG_INLINE void moments(Rows<const T> x, int64_t rows, int64_t cols, A* center, A* sum, A* sum_of_squares,
                                      double* mean, double* m2) {
-    for (int64_t c = 0; c < cols; ++c) {
-      center[c] = load(x.at(0, c));
-      mean[c] = center[c];
-      m2[c] = 0;
-    }
-    for (int64_t begin = 0, end; begin < rows; begin = end) {
-      // A single value may lie far from the mean: the blocks about it are short.
-      end = std::min(rows, begin == 0 ? kFirstBlock : begin + std::min(kBlockRows, kGrowth * begin));
+    const int64_t first = std::min(rows, kFirstRows);
+    first_rows(x, first, cols, center, mean, m2);
+    for (int64_t begin = first, end; begin < rows; begin = end) {
+      end = std::min(rows, begin + std::min(kBlockRows, kGrowth * begin));
       std::fill(sum, sum + slots<L>(cols), A(0));
       std::fill(sum_of_squares, sum_of_squares + slots<L>(cols), A(0));
       int64_t row = begin;
@@ -114,6 +118,25 @@ struct RowMoments {
       const int64_t whole = cols / L * L;
       merge_block(0, whole, 0, begin, end, center, sum, sum_of_squares, mean, m2);
       merge_block(whole, cols, slots<L>(cols) - cols, begin, end, center, sum, sum_of_squares, mean, m2);
+    }
+  }
+
+  // The first center, in double: sums about a single value would lose what it differs from the mean.
+  static GRADAUG_INLINE void first_rows(Rows<const T> x, int64_t rows, int64_t cols, A* center, double* mean,
+                                        double* m2) {
+    const double inverse = 1.0 / static_cast<double>(rows);
+#pragma omp simd
+    for (int64_t c = 0; c < cols; ++c) {
+      double sum = 0, sum_of_squares = 0;
+      for (int64_t r = 0; r < rows; ++r) sum += load(x.at(r, c));
+      sum *= inverse;
+      for (int64_t r = 0; r < rows; ++r) {
+        const double d = load(x.at(r, c)) - sum;
+        sum_of_squares += d * d;
+      }
+      center[c] = rounded<T>(static_cast<A>(sum));
+      mean[c] = sum;
+      m2[c] = sum_of_squares;
     }
   }
 
@@ -137,7 +160,7 @@ struct RowMoments {
     }
   }
 
-  // The sums are about center, which is the mean of the rows before this block, rounded to A.
+  // The sums are about center, which is the mean of the rows before this block, rounded.
   static GRADAUG_INLINE void merge_block(int64_t first, int64_t last, int64_t slot_offset, int64_t before,
                                          int64_t after, A* center, const A* sum, const A* sum_of_squares, double* mean,
                                          double* m2) {
@@ -150,7 +173,7 @@ struct RowMoments {
                                                     s + count * shift, q + shift * (2 * s + count * shift));
       mean[c] = set.mean;
       m2[c] = set.m2;
-      center[c] = static_cast<A>(set.mean);
+      center[c] = rounded<T>(static_cast<A>(set.mean));
     }
   }
 };
@@ -220,9 +243,8 @@ struct RowGradientSums {
                                   double* sum_dz_x) {
     std::fill(sum_dz, sum_dz + cols, 0.0);
     std::fill(sum_dz_x, sum_dz_x + cols, 0.0);
-    for (int64_t begin = 0, end; begin < rows; begin = end) {
-      // A single value may lie far from the mean: the blocks about it are short.
-      end = std::min(rows, begin == 0 ? kFirstBlock : begin + std::min(kBlockRows, kGrowth * begin));
+    for (int64_t begin = 0; begin < rows; begin += kBlockRows) {
+      const int64_t end = std::min(rows, begin + kBlockRows);
       std::fill(block, block + slots<L>(cols), A(0));
       std::fill(block_x, block_x + slots<L>(cols), A(0));
       int64_t row = begin;
@@ -314,38 +336,23 @@ struct Planes {
 
 template <typename T>
 struct PlaneMoments {
-  using A = Acc<T>;
-
-  // Moments of channel c of images [begin, end). Reads x once; keeps a center near the mean and the sums about it of
-  // one block of pixels; writes *result.
+  // Moments of channel c of images [begin, end). Reads x once; keeps the sums about the first value, in double; writes
+  // *result.
   static GRADAUG_INLINE void run(Planes<const T> x, int64_t begin, int64_t end, int64_t c, int64_t pixels,
                                  Moments<double>* result) {
-    Moments<double> set{0, static_cast<double>(load(x.at(begin, c))), 0};
-    A center = load(x.at(begin, c)), sum = 0, sum_of_squares = 0;
-    int64_t count = 0, block = kFirstBlock;
+    const double center = load(x.at(begin, c));
+    double sum = 0, sum_of_squares = 0;
     for (int64_t n = begin; n < end; ++n) {
-      for (int64_t first = 0, size; first < pixels; first += size) {
-        size = std::min(block - count, pixels - first);
-        const T* p = x.at(n, c) + first;
+      const T* p = x.at(n, c);
 #pragma omp simd reduction(+ : sum, sum_of_squares)
-        for (int64_t i = 0; i < size; ++i) {
-          const A d = load(p + i) - center;
-          sum += d;
-          sum_of_squares += d * d;
-        }
-        count += size;
-        if (count == block || (n + 1 == end && first + size == pixels)) {
-          const double k = static_cast<double>(count), s = sum, q = sum_of_squares;
-          const double shift = static_cast<double>(center) - set.mean;  // the sums are about center
-          set = push_sums<double>(set, k, s + k * shift, q + shift * (2 * s + k * shift));
-          center = static_cast<A>(set.mean);
-          sum = sum_of_squares = 0;
-          count = 0;
-          block = std::min(kBlockPixels, kGrowth * block);
-        }
+      for (int64_t i = 0; i < pixels; ++i) {
+        const double d = load(p + i) - center;
+        sum += d;
+        sum_of_squares += d * d;
       }
     }
-    *result = set;
+    const double count = static_cast<double>((end - begin) * pixels);
+    *result = push_sums<double>({0, center, 0}, count, sum, sum_of_squares);
   }
 };
 
@@ -371,24 +378,19 @@ struct PlaneGradientSums {
 
   // sum(dz) and sum(dz * (x - center)) of channel c of images [begin, end), as RowGradientSums.
   static GRADAUG_INLINE void run(Planes<const T> dy, Planes<const T> x, Planes<const T> y, Planes<T> dz, int64_t begin,
-                                 int64_t end, int64_t c, int64_t pixels, A center, double* sum_dz, double* sum_dz_x) {
+                                 int64_t end, int64_t c, int64_t pixels, double center, double* sum_dz,
+                                 double* sum_dz_x) {
     double total = 0, total_x = 0;
     for (int64_t n = begin; n < end; ++n) {
-      for (int64_t first = 0; first < pixels; first += kBlockPixels) {
-        const int64_t last = std::min(first + kBlockPixels, pixels);
-        const T *dy_n = dy.at(n, c), *x_n = x.at(n, c), *y_n = kRelu ? y.at(n, c) : nullptr;
-        T* dz_n = kStore ? dz.at(n, c) : nullptr;
-        A s = 0, q = 0;
-#pragma omp simd reduction(+ : s, q)
-        for (int64_t i = first; i < last; ++i) {
-          A g = load(dy_n + i);
-          if constexpr (kRelu) g = masked(g, A(load(y_n + i)));
-          if constexpr (kStore) store(dz_n + i, g);
-          s += g;
-          q += g * (load(x_n + i) - center);
-        }
-        total += s;
-        total_x += q;
+      const T *dy_n = dy.at(n, c), *x_n = x.at(n, c), *y_n = kRelu ? y.at(n, c) : nullptr;
+      T* dz_n = kStore ? dz.at(n, c) : nullptr;
+#pragma omp simd reduction(+ : total, total_x)
+      for (int64_t i = 0; i < pixels; ++i) {
+        A g = load(dy_n + i);
+        if constexpr (kRelu) g = masked(g, A(load(y_n + i)));
+        if constexpr (kStore) store(dz_n + i, g);
+        total += g;
+        total_x += g * (load(x_n + i) - center);
       }
     }
     *sum_dz = total;
@@ -616,9 +618,9 @@ GradientSums gradient_sums(const Tensor& dy, const Tensor& x, const Tensor& y, c
     at::parallel_for(0, size.c * parts, 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const int64_t c = i / parts, part = i % parts;
-        run<PlaneGradientSums<T, kRelu, kStore>>(
-            size.planes_of<T>(dy), size.planes_of<T>(x), size.planes_of<T>(y), size.mutable_planes_of<T>(dz),
-            size.n * part / parts, size.n * (part + 1) / parts, c, size.s, static_cast<A>(mean[c]), &sum[i], &sum_x[i]);
+        run<PlaneGradientSums<T, kRelu, kStore>>(size.planes_of<T>(dy), size.planes_of<T>(x), size.planes_of<T>(y),
+                                                 size.mutable_planes_of<T>(dz), size.n * part / parts,
+                                                 size.n * (part + 1) / parts, c, size.s, mean[c], &sum[i], &sum_x[i]);
       }
     });
     for (int64_t i = 0; i < size.c * parts; ++i) {
