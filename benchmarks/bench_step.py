@@ -9,7 +9,7 @@ from tqdm import tqdm
 from .cases import DTYPES, Network
 from .gate import Gate, check, speedups
 from .memory import peak_bytes
-from .providers import StepRun, reference_step
+from .providers import StepRun, reference_results, step_results
 from .rows import Row, Table, make_row, speedup_cells
 from .timing import Workload, interleave, quantiles, seconds, synchronize
 
@@ -53,19 +53,18 @@ def gated_runs(
     net: Network, dtype: str, providers: Sequence[str], device: torch.device
 ) -> tuple[Gate, dict[str, StepRun], dict[str, float]]:
     """The providers after their first step, how long that took in seconds, and the gate on its losses and gradients."""
-    names = ("losses", "gradients")
-    reference = dict(zip(names, reference_step(net, device), strict=True))
     runs, first, results = {}, {}, {}
     for name in dict.fromkeys([*providers, "ours", "eager"]):
         run = StepRun(name, net, dtype, device)
         losses: list[Tensor] = []
         first[name] = seconds(lambda run=run, losses=losses: losses.extend(run()), device)
         if name in ("ours", "eager"):
-            results[name] = {"losses": torch.stack(losses), "gradients": run.gradients()}
+            results[name] = step_results(losses, run.model)
         if name in providers:
             runs[name] = run
-    # Four losses can be right to the last bit by chance: they may be off by some units in the last place.
-    gate = check(results["ours"], results["eager"], reference, slack=4 * torch.finfo(DTYPES[dtype]).eps)
+    # A few losses can be right to the last bit by chance: they may be off by some units in the last place.
+    slack = {"losses": 4 * torch.finfo(DTYPES[dtype]).eps}
+    gate = check(results["ours"], results["eager"], reference_results(net, device), slack)
     return gate, runs, first
 
 

@@ -8,6 +8,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import gradaug_kernels as gk
 from gradaug_kernels.models import build_model
@@ -30,13 +31,19 @@ class Network:
     num_classes: int
 
     def build(self, device: torch.device | str) -> nn.Module:
-        """The same random weights each time. Dropout is off: it would make the providers' results differ."""
+        """The same random weights each time, such that providers can be compared.
+
+        Dropout is off. The residual branches of ResNets start small: with torchvision's initialisation rounding errors
+        grow through the network until bfloat16 gradients have nothing in common with exact ones.
+        """
         torch.manual_seed(0)
         with torch.device(device):
             model = self.make()
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
+            elif isinstance(module, BasicBlock | Bottleneck):
+                nn.init.constant_((module.bn3 if isinstance(module, Bottleneck) else module.bn2).weight, 0.2)
         return model
 
     def resized(self, batch: int | None, size: int | None) -> "Network":

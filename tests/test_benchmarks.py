@@ -30,6 +30,7 @@ ALWAYS = (
 @pytest.fixture(autouse=True)
 def _threads():
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
