@@ -8,10 +8,12 @@
 from . import _cuda_paths as _cuda_paths  # registers the kernels for CUDA tensors
 from .accumulate import AccumulateIntoGrad
 from .convert import convert
+from .divergence import alpha_divergence, kl_divergence
 from .fuse import fuse, fused_chains
-from .gradaug import GradAug, StepLosses, SubnetDraw, kl_divergence
+from .gradaug import GradAug, StepLosses, SubnetDraw
 from .nn import FastSlimConv2d, SlimBatchNorm2d, SlimLinear
 from .ops import slim_batch_norm, slim_conv2d, slim_linear
+from .sampler import RandomDepth, RandomLayerWidth, RandomWidth, Sampler
 from .subnet import calibrate
 from .width import round_channels, set_width, use_width
 
@@ -21,10 +23,15 @@ __all__ = [
     "AccumulateIntoGrad",
     "FastSlimConv2d",
     "GradAug",
+    "RandomDepth",
+    "RandomLayerWidth",
+    "RandomWidth",
+    "Sampler",
     "SlimBatchNorm2d",
     "SlimLinear",
     "StepLosses",
     "SubnetDraw",
+    "alpha_divergence",
     "calibrate",
     "convert",
     "fuse",

@@ -1,12 +1,12 @@
 """Convert a CNN to adjustable width: its layers are swapped in place, its parameters are kept."""
 
 import math
-import operator
 from collections.abc import Sequence
 
 import torch
-from torch import fx, nn
+from torch import nn
 
+from . import channels
 from .fuse import fuse
 from .nn import FastSlimConv2d, SlimBatchNorm2d, SlimLinear
 
@@ -17,9 +17,6 @@ _UNSUPPORTED = (
     *(nn.BatchNorm1d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d),
     *(nn.MultiheadAttention, nn.RNNBase, nn.PReLU),
 )
-# Calls that place channels side by side or apart: the first channels of the result are not those of each operand.
-_REARRANGING = (torch.cat, torch.concat, torch.stack, torch.split, torch.chunk, torch.unbind)
-_REARRANGING_METHODS = ("split", "chunk", "unbind")
 
 
 def convert(
@@ -60,11 +57,11 @@ def convert(
     if not mixing:
         raise ValueError(f"convert needs a network with nn.Conv2d or nn.Linear layers, got {type(model).__name__}")
 
-    graph = _trace(model)
+    graph = channels.trace(model)
     if graph is None:
         classifiers, divisors = {mixing[-1]}, {}
     else:
-        classifiers, divisors = _classifiers(graph, layers), _divisors(graph, layers)
+        classifiers, divisors = channels.classifiers(graph, layers), channels.divisors(graph, layers)
     for name, module in layers.items():
         if isinstance(module, nn.BatchNorm2d):
             slim = _batch_norm(module, widths)
@@ -99,78 +96,3 @@ def _batch_norm(module: nn.BatchNorm2d, widths: Sequence[float]) -> SlimBatchNor
     for width in widths:
         slim.add_width(width)
     return slim
-
-
-# ---- what the graph tells
-
-
-def _trace(model: nn.Module) -> fx.Graph | None:
-    class LeafTracer(fx.Tracer):
-        def is_leaf_module(self, module, name):
-            return type(module) in _SLIM or super().is_leaf_module(module, name)
-
-    try:
-        return LeafTracer().trace(model)
-    except Exception:  # anything a user's forward can raise when it is traced
-        return None
-
-
-def _classifiers(graph: fx.Graph, layers: dict[str, nn.Module]) -> set[str]:
-    """The convolutions and linear layers with a path to the output that meets no other one."""
-    found, stack, seen = set(), list(graph.find_nodes(op="output")), set()
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if _mixes_channels(node, layers):
-            found.add(node.target)
-        else:
-            stack.extend(node.all_input_nodes)
-    return found
-
-
-def _divisors(graph: fx.Graph, layers: dict[str, nn.Module]) -> dict[str, int]:
-    """What the output channels of each layer must be a multiple of for the grouped convolutions downstream.
-
-    Values that share their channels (through batch norm, ReLU, pooling, addition ...) form one class, joined by
-    union-find; a grouped convolution asks for its group size in the classes of its input and of its output.
-    """
-    parent = {node: node for node in graph.nodes}
-
-    def find(node):
-        while parent[node] is not node:
-            parent[node] = parent[parent[node]]
-            node = parent[node]
-        return node
-
-    for node in graph.nodes:
-        _refuse_rearranging(node)
-        if not _mixes_channels(node, layers) and node.op != "output" and node.target is not operator.getitem:
-            for operand in node.all_input_nodes:
-                parent[find(operand)] = find(node)
-
-    multiple = {node: 1 for node in graph.nodes}
-    for node in graph.nodes:
-        module = layers.get(node.target) if node.op == "call_module" else None
-        if isinstance(module, nn.Conv2d) and module.groups > 1:
-            source, result = find(node.all_input_nodes[0]), find(node)
-            if module.in_channels == module.out_channels:
-                parent[source] = result  # whole groups are kept: the two numbers of channels are one
-                multiple[result] = math.lcm(multiple[result], multiple[source])
-            for end, channels in ((find(source), module.in_channels), (result, module.out_channels)):
-                multiple[end] = math.lcm(multiple[end], channels // module.groups)
-    return {node.target: multiple[find(node)] for node in graph.nodes if _mixes_channels(node, layers)}
-
-
-def _mixes_channels(node: fx.Node, layers: dict[str, nn.Module]) -> bool:
-    return node.op == "call_module" and isinstance(layers.get(node.target), nn.Conv2d | nn.Linear)
-
-
-def _refuse_rearranging(node: fx.Node) -> None:
-    called = node.op == "call_function" and node.target in _REARRANGING
-    if called or (node.op == "call_method" and node.target in _REARRANGING_METHODS):
-        raise ValueError(
-            "convert needs a network whose layers pass their channels on in order, "
-            f"got one that concatenates or splits them ('{node.name}')"
-        )

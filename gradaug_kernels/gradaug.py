@@ -11,47 +11,66 @@ transformed copies of it, which learn to give the full network's answer. All gra
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .accumulate import AccumulateIntoGrad
-from .width import check_width, set_width
+from .divergence import kl_divergence
+from .sampler import RandomWidth, Sampler
 
 
 class SubnetDraw(NamedTuple):
     """What was drawn for one sub-network of one step."""
 
-    width: float
+    subnet: Any  # what the sampler drew; of the published one, a width
     resolution: int | None  # pixels, height and width; None is the batch's own
     transform: int | None  # index into GradAug's transforms
     seed: int  # of torch's generators while the transform runs
+
+    @property
+    def width(self) -> float:
+        """The sub-network's width. Raises: TypeError where it is not one width for all layers."""
+        if not isinstance(self.subnet, float | int):
+            raise TypeError(f"the sub-network must be one of RandomWidth to have a width, got {self.subnet}")
+        return self.subnet
 
 
 class StepLosses(NamedTuple):
     """What one step computed: scalars and logits on the model's device, detached. Reading one waits for the device."""
 
     full: Tensor  # [] the full network's loss
-    subnets: tuple[Tensor, ...]  # [] each: the sub-networks' losses, widest first
+    subnets: tuple[Tensor, ...]  # [] each: the sub-networks' losses before their weights, largest sub-network first
     logits: Tensor  # [N, classes] of the full network
-    draws: tuple[SubnetDraw, ...]  # widest first
+    draws: tuple[SubnetDraw, ...]  # largest sub-network first
 
 
 class GradAug:
     """The GradAug training step, as published by default.
 
+    The sandwich rule with in-place distillation of slimmable networks (Yu and Huang, ICCV 2019) is this step with a
+    small min_width and without resolutions and transforms: full, smallest and random widths, trained towards the full
+    network's output. Convert the model with those widths that shall have private batch-norm statistics.
+
     Args:
         model: a classifier of adjustable width, images [N, C, H, W] to logits [N, classes]; see `convert`.
         optimizer: over the parameters of model.
         num_subnets: sub-networks per step, the one of min_width included; 0 is plain training.
-        min_width: alpha in (0, 1], the smallest width.
+        min_width: alpha in (0, 1], the smallest width, of the default sampler.
+        sampler: draws the sub-networks: RandomLayerWidth(...), RandomDepth(...); None is RandomWidth(min_width).
         resolutions: sizes in pixels, one drawn for each sub-network, to which the square batch is resized
             (bilinear, align_corners); the published settings list the full one too. None leaves the batch as it is.
         transforms: callables from a batch of images [N, C, H, W] to one, one drawn for each sub-network and applied
             before the resize. They may use torch's global generators.
+        distinct_transforms: give the sub-networks of a step different transforms, of which there must be enough.
         criterion: the full network's loss of (logits, targets).
+        subnet_loss: of (teacher probabilities [N, classes], logits), such as `alpha_divergence`; "cross_entropy" is
+            `criterion` with the targets, as for the full network.
+        temperature: T > 0 of the sub-networks' loss: T^2 subnet_loss(softmax(z_0 / T), z_i / T), after Hinton et al.
+            2015 (arXiv 1503.02531), so that its gradient keeps its size. 1 as published.
+        subnet_weight: factor of the sub-networks' losses, one for all or one each, largest sub-network first.
         reduction: "sum" adds the losses, as published; "mean" divides that by their number.
         scheduler: a learning-rate scheduler to step once per call.
         autocast_dtype: run the model in torch.autocast with this dtype; None does not.
@@ -60,7 +79,7 @@ class GradAug:
         seed: of the draws. One generator makes them all, so that a run can be repeated and resumed (`state_dict`).
 
     Raises:
-        ValueError: for settings outside their range.
+        ValueError: for settings outside their range, or a model that the sampler cannot sample.
 
     Example:
         >>> step = GradAug(model, optimizer, num_subnets=3, min_width=0.9, resolutions=(224, 192, 160, 128))
@@ -75,9 +94,14 @@ class GradAug:
         *,
         num_subnets: int = 3,
         min_width: float = 0.8,
+        sampler: Sampler | None = None,
         resolutions: Sequence[int] | None = None,
         transforms: Sequence[Callable[[Tensor], Tensor]] = (),
+        distinct_transforms: bool = False,
         criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        subnet_loss: Callable[[Tensor, Tensor], Tensor] | str = kl_divergence,
+        temperature: float = 1.0,
+        subnet_weight: float | Sequence[float] = 1.0,
         reduction: str = "sum",
         scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
         autocast_dtype: torch.dtype | None = None,
@@ -90,20 +114,33 @@ class GradAug:
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
         if resolutions is not None and (len(resolutions) == 0 or min(resolutions) < 1):
             raise ValueError(f"resolutions must be positive numbers of pixels, got {tuple(resolutions)}")
+        if distinct_transforms and len(transforms) < num_subnets:
+            raise ValueError(f"transforms must be at least {num_subnets} to be distinct, got {len(transforms)}")
+        if not callable(subnet_loss) and subnet_loss != "cross_entropy":
+            raise ValueError(f"subnet_loss must be callable or 'cross_entropy', got {subnet_loss!r}")
+        if not temperature > 0 or (temperature != 1 and subnet_loss == "cross_entropy"):
+            raise ValueError(f"temperature must be positive, and 1 for subnet_loss 'cross_entropy', got {temperature}")
+        subnet_weights = (subnet_weight,) * num_subnets if isinstance(subnet_weight, float | int) else subnet_weight
+        if len(subnet_weights) != num_subnets or min(subnet_weights, default=0) < 0:
+            raise ValueError(f"subnet_weight must be one or {num_subnets} numbers of at least 0, got {subnet_weight}")
         self.model = model
         self.optimizer = optimizer
         self.num_subnets = num_subnets
-        self.min_width = check_width(min_width)
+        self.sampler = RandomWidth(min_width) if sampler is None else sampler
         self.resolutions = resolutions
         self.transforms = tuple(transforms)
+        self.distinct_transforms = distinct_transforms
         self.criterion = criterion
+        self.subnet_loss = subnet_loss
+        self.temperature = temperature
         self.loss_weight = 1.0 if reduction == "sum" else 1.0 / (1 + num_subnets)
+        self.subnet_weights = tuple(self.loss_weight * weight for weight in subnet_weights)
         self.scheduler = scheduler
         self.autocast_dtype = autocast_dtype
         self.accumulation = AccumulateIntoGrad(model, autocast_dtype) if accumulate else None
         self.generator = torch.Generator().manual_seed(seed)
         if num_subnets > 0:
-            set_width(model, 1.0)  # a model without adjustable layers is refused here, not in the first step
+            self.sampler.bind(model, num_subnets)
 
     def __call__(self, images: Tensor, targets: Tensor, draws: Sequence[SubnetDraw] | None = None) -> StepLosses:
         """One step: all backward passes, the optimizer's step and the scheduler's.
@@ -122,17 +159,20 @@ class GradAug:
         if self.accumulation is not None:
             self.accumulation.begin_step()
 
-        logits, full_loss = self._pass(images, 1.0, lambda z: self.criterion(z, targets), last=not draws)
-        teacher = F.softmax(logits, dim=1)
+        logits, full_loss = self._pass(None, images, lambda z: self.criterion(z, targets), self.loss_weight, not draws)
+        teacher = F.softmax(self._in_full_precision(logits) / self.temperature, dim=1)
+
+        def subnet_loss(z):
+            if self.subnet_loss == "cross_entropy":
+                return self.criterion(z, targets)
+            return self.temperature**2 * self.subnet_loss(teacher, z / self.temperature)
 
         subnet_losses = []
-        for i, (draw, subnet_images) in enumerate(zip(draws, self._transformed(images, draws), strict=True)):
-            _, loss = self._pass(
-                subnet_images, draw.width, lambda z: kl_divergence(teacher, z), last=i == len(draws) - 1
-            )
-            subnet_losses.append(loss)
-        if draws:
-            set_width(self.model, 1.0)
+        with self._full_network_afterwards():
+            subnets = zip(draws, self._transformed(images, draws), self.subnet_weights, strict=True)
+            for i, (draw, subnet_images, weight) in enumerate(subnets, 1):
+                _, loss = self._pass(draw.subnet, subnet_images, subnet_loss, weight, i == len(draws))
+                subnet_losses.append(loss)
 
         self.optimizer.step()
         if self.scheduler is not None:
@@ -140,14 +180,18 @@ class GradAug:
         return StepLosses(full_loss, tuple(subnet_losses), logits, draws)
 
     def draw(self) -> tuple[SubnetDraw, ...]:
-        """The sub-networks of one step, widest first: min_width and num_subnets - 1 uniform draws above it."""
+        """The sub-networks of one step, largest first, each with a resolution, a transform and a seed."""
         if self.num_subnets == 0:
             return ()
-        uniform = torch.rand(self.num_subnets - 1, generator=self.generator, dtype=torch.float64)
-        widths = [self.min_width, *(self.min_width + (1 - self.min_width) * uniform).tolist()]
+        distinct = torch.randperm(len(self.transforms), generator=self.generator) if self.distinct_transforms else None
         return tuple(
-            SubnetDraw(width, self._choice(self.resolutions), self._choice(range(len(self.transforms))), self._seed())
-            for width in sorted(widths, reverse=True)
+            SubnetDraw(
+                subnet,
+                self._choice(self.resolutions),
+                self._choice(range(len(self.transforms))) if distinct is None else int(distinct[i]),
+                self._seed(),
+            )
+            for i, subnet in enumerate(self.sampler.draw(self.num_subnets, self.generator))
         )
 
     def state_dict(self) -> dict:
@@ -158,13 +202,13 @@ class GradAug:
         """Continue the draws where `state_dict` was taken."""
         self.generator.set_state(state["generator"])
 
-    def _pass(self, images: Tensor, width: float, loss_of: Callable[[Tensor], Tensor], last: bool):
-        """Forward and backward of one network; its logits and loss, detached.
+    def _pass(self, subnet: Any, images: Tensor, loss_of: Callable[[Tensor], Tensor], weight: float, last: bool):
+        """Forward and backward of one network, None being the full one; its logits and loss, detached.
 
         DistributedDataParallel exchanges gradients in the last pass of a step only, which must be autograd's then.
         """
         if self.num_subnets > 0:
-            set_width(self.model, width)
+            self.sampler.select(subnet)
         distributed = hasattr(self.model, "no_sync")
         with (
             self.model.no_sync() if distributed and not last else nullcontext(),
@@ -172,9 +216,20 @@ class GradAug:
         ):
             with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
                 logits = self.model(images)
-            loss = loss_of(logits.float() if self.autocast_dtype is not None else logits)
-            (loss * self.loss_weight).backward()
+            loss = loss_of(self._in_full_precision(logits))
+            (loss * weight).backward()
         return logits.detach(), loss.detach()
+
+    def _in_full_precision(self, logits: Tensor) -> Tensor:
+        return logits if self.autocast_dtype is None else logits.float()
+
+    @contextmanager
+    def _full_network_afterwards(self):
+        try:
+            yield
+        finally:
+            if self.num_subnets > 0:
+                self.sampler.select(None)
 
     def _transformed(self, images: Tensor, draws: Sequence[SubnetDraw]):
         """The sub-networks' images, each made when it is asked for; batches that are only resized are made once."""
@@ -196,16 +251,6 @@ class GradAug:
 
     def _seed(self) -> int:
         return int(torch.randint(2**62, (), generator=self.generator))
-
-
-def kl_divergence(teacher: Tensor, logits: Tensor) -> Tensor:
-    """KL(teacher || softmax(logits)), summed over classes, averaged over the batch.
-
-    Args:
-        teacher: [N, classes], probabilities, held constant.
-        logits: [N, classes].
-    """
-    return F.kl_div(F.log_softmax(logits, dim=1), teacher, reduction="batchmean")
 
 
 def _resize(images: Tensor, resolution: int) -> Tensor:

@@ -6,13 +6,28 @@ from typing import Any
 from torch import nn
 
 from .._options import nearest
-from . import cifar_resnet, wide_resnet
+from . import cifar_resnet, pyramidnet, wide_resnet
 from .cifar_resnet import CifarResNet
+from .pyramidnet import PyramidNet
+from .residual import ResidualBlock, ResidualStage
 from .wide_resnet import WideResNet
 
-MODELS = {"cifar_resnet": cifar_resnet.cifar_resnet, "wide_resnet": wide_resnet.wide_resnet}
+MODELS = {
+    "cifar_resnet": cifar_resnet.cifar_resnet,
+    "wide_resnet": wide_resnet.wide_resnet,
+    "pyramidnet": pyramidnet.pyramidnet,
+}
 
-__all__ = ["MODELS", "CifarResNet", "WideResNet", "build_model", "find"]
+__all__ = [
+    "MODELS",
+    "CifarResNet",
+    "PyramidNet",
+    "ResidualBlock",
+    "ResidualStage",
+    "WideResNet",
+    "build_model",
+    "find",
+]
 
 
 def find(name: str) -> Callable[..., nn.Module]:
@@ -41,7 +56,7 @@ def find(name: str) -> Callable[..., nn.Module]:
 def build_model(name: str, num_classes: int, in_channels: int = 3, **options: Any) -> nn.Module:
     """Build a network with random weights.
 
-    name: "cifar_resnet" (options depth, base_width, stem_stride), "wide_resnet" (depth, widen_factor, dropout) or
-    "torchvision/resnet50" and the like; images: [N, in_channels, H, W]; logits: [N, num_classes].
+    name: "cifar_resnet" (options depth, base_width, stem_stride), "wide_resnet" (depth, widen_factor, dropout),
+    "pyramidnet" (depth, alpha, bottleneck) or "torchvision/resnet50" and the like; images: [N, in_channels, H, W]; logits: [N, num_classes].
     """
     return find(name)(num_classes, in_channels, **options)

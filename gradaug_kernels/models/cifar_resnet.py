@@ -3,8 +3,10 @@
 import torch.nn.functional as F
 from torch import nn
 
+from .residual import ResidualBlock, ResidualStage, pad_channels
 
-class BasicBlock(nn.Module):
+
+class BasicBlock(ResidualBlock):
     """Two 3x3 convolutions beside a shortcut without parameters.
 
     Where the size changes, the shortcut takes every second pixel and appends zero channels, so that the first channels
@@ -22,10 +24,13 @@ class BasicBlock(nn.Module):
 
     def forward(self, x):
         y = self.conv2(F.relu(self.bn1(self.conv1(x))))
-        if self.stride != 1:
-            x = x[:, :, :: self.stride, :: self.stride]
-            x = F.pad(x, (0, 0, 0, 0, 0, y.shape[1] - x.shape[1]))  # [N, C_out, H / stride, W / stride]
-        return F.relu(self.bn2(y) + x)
+        return F.relu(self.bn2(y) + self._shortcut(x, y.shape[1]))
+
+    def skip(self, x):
+        return self._shortcut(x, self.conv2.out_channels)  # x comes from a ReLU, so another would change nothing
+
+    def _shortcut(self, x, channels):
+        return x if self.stride == 1 else pad_channels(x[:, :, :: self.stride, :: self.stride], channels)
 
 
 class CifarResNet(nn.Module):
@@ -58,7 +63,7 @@ class CifarResNet(nn.Module):
     @staticmethod
     def _stage(blocks, in_channels, out_channels, stride):
         first = BasicBlock(in_channels, out_channels, stride)
-        return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)))
+        return ResidualStage(first, *(BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)))
 
     def forward(self, x):
         x = F.relu(self.bn1(self.conv1(x)))  # [N, base_width, H / stem_stride, W / stem_stride]

@@ -3,8 +3,10 @@
 import torch.nn.functional as F
 from torch import nn
 
+from .residual import ResidualBlock, ResidualStage
 
-class PreActivationBlock(nn.Module):
+
+class PreActivationBlock(ResidualBlock):
     """Batch norm and ReLU before each of two 3x3 convolutions, with dropout between them; a 1x1 convolution on the
     shortcut where the number of channels or the size changes.
 
@@ -27,6 +29,9 @@ class PreActivationBlock(nn.Module):
         x = x if self.shortcut is None else self.shortcut(y)
         y = self.conv1(y)
         return x + self.conv2(self.dropout(F.relu(self.bn2(y))))
+
+    def skip(self, x):
+        return x if self.shortcut is None else self.shortcut(F.relu(self.bn1(x)))
 
 
 class WideResNet(nn.Module):
@@ -61,7 +66,7 @@ class WideResNet(nn.Module):
     def _stage(blocks, in_channels, out_channels, stride, dropout):
         first = PreActivationBlock(in_channels, out_channels, stride, dropout)
         rest = (PreActivationBlock(out_channels, out_channels, 1, dropout) for _ in range(blocks - 1))
-        return nn.Sequential(first, *rest)
+        return ResidualStage(first, *rest)
 
     def forward(self, x):
         x = self.layer3(self.layer2(self.layer1(self.conv1(x))))  # [N, 64 * widen_factor, H / 4, W / 4]
