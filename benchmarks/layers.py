@@ -144,13 +144,10 @@ def measure_layer(
 ) -> tuple[list[Row], Gate]:
     torch_dtype = DTYPES[dtype]
     state = BENCHES[layer.op].eager(layer).state_dict()
-    ours = make_layer_run("ours", layer, layer8, torch_dtype, device, state)
-    gate = gate_layer(layer, torch_dtype, device, ours, state)
-    runs = {
-        name: ours if name == "ours" else make_layer_run(name, layer, layer8, torch_dtype, device, state)
-        for name in providers
-    }
+    runs = {name: make_layer_run(name, layer, layer8, torch_dtype, device, state) for name in providers}
     first = {name: seconds(run.workload.run, device) for name, run in runs.items()}
+    ours = runs.get("ours") or make_layer_run("ours", layer, layer8, torch_dtype, device, state)
+    gate = gate_layer(layer, torch_dtype, device, ours, state)
     samples = interleave({name: run.workload for name, run in runs.items()}, device, repeats, cover=True)
     peaks = {name: peak_bytes(run.workload.run, device) / 1e6 for name, run in runs.items()}
     rows = []
