@@ -226,6 +226,12 @@ def test_integer_images():
         gk.FastSlimConv2d(3, 8, 3)(images)
 
 
+def test_shapes_on_the_meta_device():
+    model = nn.Sequential(gk.FastSlimConv2d(3, 8, 3), gk.SlimBatchNorm2d(8), nn.Flatten(), gk.SlimLinear(8 * 36, 5))
+    with gk.use_width(model.to("meta"), 0.5):
+        assert model(torch.empty(2, 3, 8, 8, device="meta")).shape == (2, 5)
+
+
 def test_layers_copy_and_pickle(tmp_path):
     model = nn.Sequential(gk.FastSlimConv2d(3, 8, 3), gk.SlimBatchNorm2d(8, widths=(0.5,)))
     torch.save(copy.deepcopy(model), tmp_path / "model.pt")

@@ -4,9 +4,15 @@ import torch
 from torch import Tensor
 
 
+def in_autocast(x: Tensor) -> bool:
+    """Whether torch.autocast is on for the device of x; never for one that has no autocast, such as meta."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def check_same_dtype_and_device(x: Tensor, **others: Tensor | None) -> None:
     """Raises TypeError or ValueError where a tensor differs from x; inside autocast, which casts all, dtypes may."""
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = in_autocast(x)
     for name, tensor in others.items():
         if tensor is not None and tensor.dtype != x.dtype and not autocast:
             raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")

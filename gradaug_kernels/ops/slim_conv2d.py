@@ -22,7 +22,7 @@ from torch._prims_common import suggest_memory_format
 from torch.autograd.function import once_differentiable
 
 from .._library import autocast_rule, define, differentiable, differentiable_once
-from ._common import bias_grad, check_gradient_buffer, check_same_dtype_and_device
+from ._common import bias_grad, check_gradient_buffer, check_same_dtype_and_device, in_autocast
 
 
 def _slice(weight: Tensor, out_channels: int, in_channels: int, groups: int) -> Tensor:
@@ -246,7 +246,7 @@ def slim_conv2d(
     check_slim_conv2d(x, weight, bias, out_channels, *geometry, groups)
     if weight_grad is not None:
         check_gradient_buffer(weight_grad, weight)
-        if torch.is_autocast_enabled(x.device.type):
+        if in_autocast(x):
             x, weight, bias = _autocast(torch.get_autocast_dtype(x.device.type), x, weight, bias)
         return _IntoBuffer.apply(x, weight, bias, weight_grad, out_channels, *geometry, groups)
     return _slim_conv2d(x, weight, bias, out_channels, *geometry, groups)

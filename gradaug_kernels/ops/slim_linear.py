@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._library import autocast_rule, define, differentiable, differentiable_once
-from ._common import bias_grad, check_gradient_buffer, check_same_dtype_and_device
+from ._common import bias_grad, check_gradient_buffer, check_same_dtype_and_device, in_autocast
 
 
 def check_slim_linear(x, weight, bias, out_features) -> None:
@@ -181,7 +181,7 @@ def slim_linear(
     check_slim_linear(x, weight, bias, out_features)
     if weight_grad is not None:
         check_gradient_buffer(weight_grad, weight)
-        if torch.is_autocast_enabled(x.device.type):
+        if in_autocast(x):
             x, weight, bias, _ = _autocast(torch.get_autocast_dtype(x.device.type), x, weight, bias, out_features)
         return _IntoBuffer.apply(x, weight, bias, weight_grad, out_features)
     return _slim_linear(x, weight, bias, out_features)
