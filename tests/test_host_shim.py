@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import assert_as_accurate
+from cases import NCHW, NHWC, ConvCase, conv_cases
+from torch._prims_common import suggest_memory_format
 
 ROOT = Path(__file__).parent.parent
 SHIM = ROOT / "tests" / "host_shim"
@@ -115,140 +118,117 @@ def run(runner: Path, cases: list, folder: Path, timeout: int = 330) -> subproce
     return done
 
 
-def channels_last(shape, pitch=None) -> tuple[int, ...]:
-    """Strides of [N, C, H, W] (or [O, I, KH, KW]) stored as NHWC, `pitch` elements from pixel to pixel."""
-    _, c, h, w = shape
-    pitch = c if pitch is None else pitch
-    return (h * w * pitch, 1, w * pitch, pitch)
-
-
-def contiguous(shape) -> tuple[int, ...]:
-    _, c, h, w = shape
-    return (c * h * w, h * w, w, 1)
-
-
 # ---- Sliced convolution
 
-
-@dataclass(frozen=True)
-class Conv:
-    name: str
-    image: tuple[int, int, int, int]  # N, C, H, W
-    out: int
-    kernel: tuple[int, int] = (3, 3)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (1, 1)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    full: tuple[int, int] | None = None  # out and in channels (of one group) of the full weight
-    pitch: tuple[int, int] | None = None  # of x and y, in channels
-    nchw: bool = False  # images and weight contiguous
-    dtype: torch.dtype = torch.float16
-    tf32: bool = False
-    dweight_dtype: torch.dtype | None = None  # that of x
-    multiprocessors: int = 4
-    bias: bool = False
-
-    def out_size(self):
-        return [
-            (self.image[2 + a] + 2 * self.padding[a] - self.dilation[a] * (self.kernel[a] - 1) - 1) // self.stride[a]
-            + 1
-            for a in (0, 1)
-        ]
-
-
 HALF, BFLOAT, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
-CONV_CASES = [
-    Conv("aligned", (2, 16, 5, 6), 24, full=(32, 24), bias=True),
-    Conv("aligned bf16", (1, 16, 4, 4), 8, full=(16, 16), dtype=BFLOAT, dweight_dtype=SINGLE, bias=True),
-    Conv("aligned tf32", (1, 12, 5, 4), 8, full=(16, 16), dtype=SINGLE, tf32=True, bias=True),
-    Conv("odd channels", (2, 13, 4, 5), 11, full=(20, 16), dweight_dtype=SINGLE, bias=True),
-    Conv("odd channels, padded pitch", (2, 13, 4, 5), 11, full=(20, 16), pitch=(16, 16)),
-    Conv("odd channels bf16", (1, 7, 4, 3), 9, full=(12, 9), dtype=BFLOAT, dweight_dtype=SINGLE),
-    Conv("odd channels tf32", (1, 7, 4, 5), 5, full=(8, 9), dtype=SINGLE, tf32=True),
-    Conv("even channels", (1, 6, 4, 5), 10, full=(12, 10)),
-    Conv("channels of 4", (1, 12, 4, 5), 20, full=(24, 20)),
-    Conv("stride 2", (1, 8, 7, 9), 10, stride=(2, 2), full=(16, 8)),
-    Conv("all unequal", (1, 5, 6, 7), 4, (3, 2), (2, 1), (2, 0), (1, 3), full=(8, 8)),
-    Conv("all unequal tf32", (1, 5, 6, 7), 4, (3, 2), (2, 1), (2, 0), (1, 3), full=(8, 8), dtype=SINGLE, tf32=True),
-    Conv("pointwise, stride 2", (2, 9, 5, 5), 12, (1, 1), (2, 2), (0, 0), full=(16, 16), bias=True),
-    Conv("gaps between taps", (1, 8, 8, 7), 8, (2, 2), (3, 3), (0, 1)),
-    Conv("large tile", (1, 72, 8, 9), 72, (1, 1), padding=(0, 0), full=(80, 80), multiprocessors=1),
-    Conv("large tile, odd", (1, 70, 9, 9), 69, (1, 1), padding=(0, 0), full=(72, 72), multiprocessors=1),
-    Conv("large tile tf32", (1, 68, 8, 9), 68, (1, 1), padding=(0, 0), multiprocessors=1, dtype=SINGLE, tf32=True),
-    Conv("splits", (3, 3, 16, 17), 5, multiprocessors=8, dweight_dtype=SINGLE),
-    Conv("one pixel", (1, 1, 1, 1), 1),
-    Conv("groups of 17", (1, 34, 3, 4), 34, groups=2, full=(40, 18), bias=True),
-    Conv("groups of 4", (1, 16, 5, 4), 16, groups=4, full=(20, 6), stride=(2, 2), bias=True),
-    Conv("depthwise", (1, 72, 4, 5), 72, groups=72, full=(72, 1), pitch=(72, 72), bias=True),
-    Conv(
-        "depthwise, odd", (1, 35, 5, 5), 35, groups=35, full=(40, 1), stride=(2, 2), dtype=BFLOAT, dweight_dtype=SINGLE
-    ),
-    Conv("depthwise, padded pitch", (1, 13, 5, 5), 13, (5, 5), padding=(2, 2), groups=13, pitch=(16, 16)),
-    Conv("float32", (1, 9, 5, 6), 11, stride=(2, 1), full=(16, 12), dtype=SINGLE, bias=True),
-    Conv("float32 NCHW, groups of 17", (1, 34, 4, 3), 34, groups=2, full=(36, 20), dtype=SINGLE, nchw=True),
-    Conv("float64", (1, 5, 6, 5), 7, stride=(1, 2), dilation=(2, 1), full=(9, 8), dtype=DOUBLE, bias=True),
-    Conv("float64 NCHW, groups of 2", (2, 6, 4, 5), 9, groups=3, full=(12, 4), dtype=DOUBLE, nchw=True),
-]
 PASSES = ("forward", "input_grad", "weight_grad")
 
 
-def conv_tensors(case: Conv):
-    """x, the full weight, bias and dy, in the case's dtype; TF32 cases hold values that TF32 can represent."""
-    generator = torch.Generator().manual_seed(CONV_CASES.index(case))
+@dataclass(frozen=True)
+class ConvJob:
+    """A case of the operator, and what selects a kernel for it."""
 
-    def normal(*shape):
-        values = torch.randn(shape, generator=generator, dtype=DOUBLE).to(case.dtype)
-        return values
+    case: ConvCase
+    dtype: torch.dtype = HALF
+    tf32: bool = False
+    buffer: torch.dtype | None = None  # dtype of the buffer that takes the weight gradient; None is that of x
+    multiprocessors: int = 4  # few ask for large tiles, many for more splits of the weight gradient
 
-    full = case.full or (case.out, case.image[1] // case.groups)
-    return (
-        normal(*case.image),
-        normal(*full, *case.kernel),
-        normal(full[0]),
-        normal(case.image[0], case.out, *case.out_size()),
-    )
+    @property
+    def on_tensor_cores(self) -> bool:
+        groups, group_size = self.case.groups, min(self.case.channels) // self.case.groups
+        return (self.dtype in (HALF, BFLOAT) or self.tf32) and (groups == 1 or group_size >= 16)
 
 
-def conv_by_torch(case: Conv, which: str, dtype: torch.dtype) -> torch.Tensor:
-    x, weight, bias, dy = (tensor.to(dtype) for tensor in conv_tensors(case))
-    if case.tf32 and dtype != DOUBLE:
-        x, weight, dy = ((t.view(torch.int32) + 0x1000 & ~0x1FFF).view(SINGLE) for t in (x, weight, dy))
-    weight = weight[: case.out, : case.image[1] // case.groups]
-    geometry = (case.stride, case.padding, case.dilation, case.groups)
+def conv_jobs() -> list[ConvJob]:
+    """The operator's cases, each in one dtype, then those that only these kernels tell apart."""
+    kinds = [
+        {"dtype": HALF},
+        {"dtype": SINGLE, "tf32": True},
+        {"dtype": BFLOAT, "buffer": SINGLE},
+        {"dtype": SINGLE},
+        {"dtype": HALF, "buffer": SINGLE},
+        {"dtype": DOUBLE},
+    ]
+    jobs = [ConvJob(case, **kinds[i % 6]) for i, case in enumerate(case for case in conv_cases() if case.batch > 0)]
+    one, none = (1, 1), (0, 0)
+    aligned = ConvCase("rows of 16 bytes", 1, (4, 5), (16, 24), wider=(8, 8), bias=True)
+    return [
+        ConvJob(aligned),
+        ConvJob(aligned, BFLOAT, buffer=SINGLE),
+        ConvJob(aligned, SINGLE, tf32=True),
+        *jobs,
+        ConvJob(ConvCase("odd channels, rows of 16 bytes", 2, (4, 5), (13, 13), x_layout="wide")),
+        ConvJob(ConvCase("rows of 8 bytes", 1, (4, 5), (12, 20), wider=(8, 4))),
+        ConvJob(ConvCase("rows of 4 bytes", 1, (4, 5), (6, 10), wider=(4, 2))),
+        ConvJob(ConvCase("large tile", 1, (8, 9), (72, 72), one, padding=none, wider=(8, 8)), multiprocessors=1),
+        ConvJob(ConvCase("large tile, odd channels", 1, (9, 8), (70, 69), one, padding=none), multiprocessors=1),
+        ConvJob(
+            ConvCase("large tile, TF32", 1, (9, 8), (68, 67), one, padding=none), SINGLE, tf32=True, multiprocessors=1
+        ),
+        ConvJob(ConvCase("splits", 3, (16, 17), (3, 5)), buffer=SINGLE, multiprocessors=8),
+        ConvJob(ConvCase("2 groups of 17 channels", 1, (3, 4), (34, 34), groups=2, bias=True)),
+        ConvJob(ConvCase("depthwise, rows of 16 bytes", 1, (4, 5), (72, 72), groups=72, wider=(0, 8), bias=True)),
+        ConvJob(ConvCase("depthwise, odd channels, rows of 16 bytes", 1, (4, 5), (13, 13), groups=13, x_layout="wide")),
+    ]
+
+
+CONV_JOBS = conv_jobs()
+
+
+def conv_tensors(job: ConvJob):
+    """x, the full weight, bias and dy."""
+    x, weight, bias = job.case.tensors(job.dtype)
+    size = F.conv2d(x, job.case.slice(weight), None, *job.case.geometry).shape
+    dy = torch.randn(size, generator=torch.Generator().manual_seed(1), dtype=DOUBLE).to(job.dtype)
+    return x, weight, None if bias is None else bias[: job.case.out_channels], dy
+
+
+def conv_by_torch(job: ConvJob, which: str, dtype: torch.dtype) -> torch.Tensor:
+    """The result in `dtype`; a weight gradient is added to the weight itself, so that it meets a filled buffer."""
+    x, weight, bias, dy = (None if tensor is None else tensor.to(dtype) for tensor in conv_tensors(job))
+    w = job.case.slice(weight)
+    if which == "weight_grad":
+        before = job.case.slice(conv_tensors(job)[1]).to(job.buffer or job.dtype)
+    if job.tf32 and dtype != DOUBLE:
+        x, w, dy = (((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(SINGLE) for t in (x, w, dy))
     if which == "forward":
-        return F.conv2d(x, weight, bias[: case.out] if case.bias else None, *geometry)
+        return F.conv2d(x, w, bias, *job.case.geometry)
     if which == "input_grad":
-        return torch.nn.grad.conv2d_input(case.image, weight, dy, *geometry)
-    return torch.nn.grad.conv2d_weight(x, weight.shape, dy, *geometry)
+        return torch.nn.grad.conv2d_input(x.shape, w, dy, *job.case.geometry)
+    return before.to(dtype) + torch.nn.grad.conv2d_weight(x, w.shape, dy, *job.case.geometry)
 
 
-def conv_request(case: Conv, which: str):
+def conv_request(job: ConvJob, which: str):
     """The runner's case, and the buffer in which the result appears."""
-    x, weight, bias, dy = conv_tensors(case)
-    x_pitch, y_pitch = case.pitch or (None, None)
-    layout = (lambda shape, pitch=None: contiguous(shape)) if case.nchw else channels_last
-    x_buffer = Buffer.of(x, layout(x.shape, x_pitch))
-    y_buffer = Buffer.of(dy, layout(dy.shape, y_pitch))
-    own = weight[: case.out, : case.image[1] // case.groups]
-    w_buffer = Buffer.of(own, layout(weight.shape))
+    x, weight, bias, dy = conv_tensors(job)
+    nhwc = any(suggest_memory_format(tensor) == NHWC for tensor in (x, weight))
+    if job.on_tensor_cores:  # as the binding does
+        nhwc, x = True, x if x.stride(1) == 1 else x.contiguous(memory_format=NHWC)
+        if weight.stride(1) != 1:
+            weight = weight.contiguous(memory_format=NHWC)
+    dy = dy.contiguous(memory_format=NHWC if nhwc else NCHW)
+    if job.case.x_layout == "wide":
+        dy = F.pad(dy, (0, 0, 0, 0, 0, 3)).contiguous(memory_format=NHWC)[:, : dy.shape[1]]
+    own = job.case.slice(weight)
+    x_buffer, y_buffer, w_buffer = (Buffer.of(tensor, tensor.stride()) for tensor in (x, dy, own))
     if which == "forward":
-        result = y_buffer = Buffer.empty(dy.shape, y_buffer.strides, case.dtype)
+        result = y_buffer = Buffer.empty(dy.shape, dy.stride(), job.dtype)
     elif which == "input_grad":
-        result = x_buffer = Buffer.empty(x.shape, x_buffer.strides, case.dtype)
+        result = x_buffer = Buffer.empty(x.shape, x.stride(), job.dtype)
     else:
-        result = w_buffer = Buffer.of(own.to(case.dweight_dtype or case.dtype), layout(weight.shape))
-    shape = (
-        *(case.image[0], case.image[2], case.image[3], *case.out_size()),
-        *(case.image[1] // case.groups, case.out // case.groups, case.groups),
-        *(*case.kernel, *case.stride, *case.padding, *case.dilation),
-    )
-    integers = [DTYPES[case.dtype], DTYPES[case.dweight_dtype or case.dtype], case.tf32, case.multiprocessors, *shape]
+        result = w_buffer = Buffer.of(own.to(job.buffer or job.dtype), own.stride())
+    groups = job.case.groups
+    integers = [
+        *(DTYPES[job.dtype], DTYPES[job.buffer or job.dtype], job.tf32, job.multiprocessors),
+        *(x.shape[0], *x.shape[2:], *dy.shape[2:], x.shape[1] // groups, dy.shape[1] // groups, groups),
+        *(*own.shape[2:], *job.case.stride, *job.case.padding, *job.case.dilation),
+    ]
     for buffer in (x_buffer, y_buffer, w_buffer):
-        a, c, h, w = buffer.strides
-        integers += [buffer.offset, a, h, w, c]
+        n, c, h, w = (stride if size > 1 else 0 for size, stride in zip(buffer.shape, buffer.strides, strict=True))
+        integers += [buffer.offset, n, h, w, c if buffer.shape[1] > 1 else 1]
     storages = [x_buffer.storage, y_buffer.storage, w_buffer.storage]
-    return (which, integers, [], [*storages, bias[: case.out].clone() if case.bias else None]), result
+    return (which, integers, [], [*storages, None if bias is None else bias.clone()]), result
 
 
 RUNNERS = ("run_shim", "run_slim_conv2d")
@@ -352,7 +332,7 @@ def test_shuffles_shared_memory_and_asynchronous_copies(runners, sanitizer, tmp_
 
 @pytest.mark.parametrize("defect", PLANTS)
 def test_planted_defect_is_noticed(runners, defect, tmp_path):
-    request, _ = conv_request(CONV_CASES[0], "forward")
+    request, _ = conv_request(CONV_JOBS[0], "forward")
     done = run(runners[defect], [request], tmp_path)
     assert done.returncode != 0
     report = {"tsan": "ThreadSanitizer: data race", "asan": "AddressSanitizer: heap-buffer-overflow"}[PLANTS[defect][2]]
@@ -362,8 +342,8 @@ def test_planted_defect_is_noticed(runners, defect, tmp_path):
 
 @pytest.fixture(scope="session")
 def conv_results(runners, tmp_path_factory):
-    """sanitizer -> {(case, pass): result buffer}."""
-    keys = [(case, which) for case in CONV_CASES for which in PASSES]
+    """sanitizer -> {(job, pass): result buffer}."""
+    keys = [(job, which) for job in CONV_JOBS for which in PASSES]
 
     def make_requests():
         requests, buffers = zip(*(conv_request(*key) for key in keys), strict=True)
@@ -372,31 +352,24 @@ def conv_results(runners, tmp_path_factory):
     return run_under_sanitizers(runners, "run_slim_conv2d", make_requests, tmp_path_factory.mktemp("conv"))
 
 
-def relative_error(values: torch.Tensor, reference: torch.Tensor) -> float:
-    """Largest difference, in units of the largest reference value."""
-    return ((values.double() - reference).abs().max() / reference.abs().max().clamp_min(1e-30)).item()
-
-
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 @pytest.mark.parametrize("which", PASSES)
 def test_slim_conv2d(conv_results, which, sanitizer):
     worst = {}
-    for case in CONV_CASES:
-        buffer = conv_results[sanitizer][case, which]
-        reference = conv_by_torch(case, which, DOUBLE)
-        theirs = conv_by_torch(case, which, case.dtype)
-        if which == "weight_grad":
-            _, weight, _, _ = conv_tensors(case)
-            before = weight[: case.out, : case.image[1] // case.groups].to(case.dweight_dtype or case.dtype)
-            reference, theirs = before.double() + reference, before + theirs.to(before.dtype)
-        ours = buffer.view()
-        assert buffer.outside().isnan().all(), f"{case.name}: wrote outside the slice"
-        our_error, their_error = relative_error(ours, reference), relative_error(theirs, reference)
-        # In float64 PyTorch is itself the reference, and sums of up to 100 products differ in their order.
-        scale = 8 if ours.dtype == DOUBLE else 1
-        unit = 2.0**-11 if case.tf32 else scale * torch.finfo(ours.dtype).eps
-        assert our_error <= 2 * their_error + unit, case.name
-        key = "tf32" if case.tf32 else str(case.dtype).removeprefix("torch.")
-        worst[key] = max(worst.get(key, (0.0, 0.0)), (our_error, their_error))
-    for dtype, (ours, theirs) in worst.items():
-        print(f"{which} {dtype}: worst error {ours:.1e}, PyTorch's {theirs:.1e} ({sanitizer})")
+    for job in CONV_JOBS:
+        buffer = conv_results[sanitizer][job, which]
+        assert buffer.outside().isnan().all(), f"{job.case.name}: memory outside the slice was written"
+        ours, exact, theirs = (
+            *(buffer.view(), conv_by_torch(job, which, DOUBLE)),
+            conv_by_torch(job, which, job.dtype).to(buffer.storage.dtype),
+        )
+        if job.dtype == DOUBLE:
+            torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
+        else:
+            assert_as_accurate(ours, theirs, exact)
+        errors = [((values.double() - exact).abs().max() / exact.abs().max()).item() for values in (ours, theirs)]
+        kind = "TF32" if job.tf32 else str(job.dtype).removeprefix("torch.")
+        worst[kind] = max(worst.get(kind, [0.0, 0.0]), errors)
+    print(f"\n{which} under {sanitizer}, {len(CONV_JOBS)} cases; largest error, relative to the largest value:")
+    for kind, (ours, theirs) in worst.items():
+        print(f"  {kind:9} {ours:.1e}, PyTorch's {theirs:.1e}")

@@ -868,7 +868,9 @@ __global__ void __launch_bounds__(kDirectChannels* kDirectPixels, 4)
       if (column < 0) continue;
       const T* pixel_channels = image + row * source.h + column * source.w;
       const T* tap = weight + kh * conv.w.h + kw * conv.w.w;
-      for (int c = 0; c < in_group; ++c) sum += load(pixel_channels + c * source.c) * load(tap + c * weight_step);
+      Sum<T> tap_sum = 0;  // one long sum would lose more bits
+      for (int c = 0; c < in_group; ++c) tap_sum += load(pixel_channels + c * source.c) * load(tap + c * weight_step);
+      sum += tap_sum;
     }
   }
   if (kForward && conv.bias != nullptr) sum += load(conv.bias + channel);

@@ -50,16 +50,17 @@ void run_typed(Case& c) {
 
 void run(Case& c) {
   const int64_t type = c.integer(), gradient_type = c.integer();
-#ifdef ONLY_FLOAT16  // for the planted defects, which need one type and not the others' compile time
-  if (type == 0 && gradient_type == 0) return run_typed<__half, __half>(c);
-  std::fprintf(stderr, "this runner was compiled for float16 only\n");
-  std::exit(2);
-#else
-  if (type == 0) return gradient_type == 0 ? run_typed<__half, __half>(c) : run_typed<__half, float>(c);
-  if (type == 1) return run_typed<__nv_bfloat16, float>(c);
-  if (type == 2) return run_typed<float, float>(c);
-  return run_typed<double, double>(c);
+#define GRADAUG_RUN(number, T, gradient_number, D) \
+  if (type == number && gradient_type == gradient_number) return run_typed<T, D>(c)
+  GRADAUG_RUN(0, __half, 0, __half);
+#ifndef ONLY_FLOAT16  // for the planted defects, which need one type and not the others' compile time
+  GRADAUG_RUN(0, __half, 2, float);
+  GRADAUG_RUN(1, __nv_bfloat16, 2, float);
+  GRADAUG_RUN(2, float, 2, float);
+  GRADAUG_RUN(3, double, 3, double);
 #endif
+  std::fprintf(stderr, "this runner has no kernels for these types\n");
+  std::exit(2);
 }
 
 int main(int argc, char** argv) {
