@@ -1,8 +1,8 @@
 """The CUDA kernels' own source, run on the CPU by tests/host_shim, under sanitizers.
 
 Every case runs once under AddressSanitizer + UndefinedBehaviorSanitizer and once under ThreadSanitizer; its results are
-judged by PyTorch's own error in the same dtype, against float64. Two defects planted into copies of the sources show
-that the sanitizers would notice: a missing barrier, and a read one row beyond an image.
+judged by PyTorch's own error in the same dtype, against float64. Defects planted into copies of the sources show that
+the sanitizers would notice: a missing barrier of a block or of a warp, and a read one row beyond an image.
 """
 
 import shutil
@@ -232,9 +232,10 @@ def conv_request(job: ConvJob, which: str):
 
 
 RUNNERS = ("run_shim", "run_slim_conv2d")
-# A line of csrc/cuda/slim_conv2d.cuh, what a planted defect makes of it, and the sanitizer that must notice.
+# Text of csrc/cuda/slim_conv2d.cuh, what a planted defect makes of it, and the sanitizer that must notice.
 PLANTS = {
     "missing barrier": ("    __syncthreads();  // all of this step's chunks have arrived", "    // ", "tsan"),
+    "missing warp barrier": ("    __syncwarp();\n    const int tile_row", "    const int tile_row", "tsan"),
     "read out of bounds": (
         "  return static_cast<unsigned>(h) < static_cast<unsigned>(height) &&",
         "  return static_cast<unsigned>(h) <= static_cast<unsigned>(height) &&",
@@ -250,7 +251,7 @@ def plant(defect: str, folder: Path) -> Path:
     shutil.copytree(ROOT / "csrc", sources)
     kernels = sources / "cuda" / "slim_conv2d.cuh"
     text = kernels.read_text()
-    assert text.count(before) == 1, f"the line to plant a {defect} in is gone: {before!r}"
+    assert text.count(before) == 1, f"the place to plant a {defect} in is gone: {before!r}"
     kernels.write_text(text.replace(before, after))
     return compile_runner("run_slim_conv2d", sanitizer, sources / "runner", sources, ["ONLY_FLOAT16"])
 

@@ -5,14 +5,14 @@
 //   input grad    dx[q, c]         = sum over (tap, o) of dy[pixel whose tap meets q, o] * w[o, tap, c]
 //   weight grad   dw[o, (tap, c)] += sum over p of dy[p, o] * x[pixel of p under tap, c]
 //
-//   tensor_core_*_kernel   __half, __nv_bfloat16, float as TF32; channels contiguous in x, dy and w; any group
-//   fma_kernel             float, double; any strides; any group
-//   direct_*_kernel        all types, any strides; for groups of few channels (ResNeXt, depthwise)
-//   depthwise_kernel       forward and input gradient where each group has one channel in and one out
-//   accumulate_kernel      second step of every weight gradient: partial sums, in order, into the caller's buffer
+//   tensor_core_kernel   __half, __nv_bfloat16, float as TF32; channels contiguous in x, dy and w; any group
+//   fma_kernel           float, double; any strides; any group
+//   direct_kernel, direct_weight_grad_kernel   all types, any strides; for groups of few channels (ResNeXt, depthwise)
+//   depthwise_kernel     forward and input gradient where each group has one channel in and one out
+//   accumulate_kernel    second step of every weight gradient: partial sums, in order, into the caller's buffer
 //
 //   storage     x, y, w, bias in T; partial sums of a weight gradient in Sum<T>; the gradient buffer in any type
-//   arithmetic  float32, products of TF32 in tensor_core_*_kernel<float>; float64 for double
+//   arithmetic  float32, products of TF32 in tensor_core_kernel<float>; float64 for double
 #pragma once
 
 #include <cuda_bf16.h>

@@ -5,10 +5,12 @@
 
 struct __nv_bfloat16 {
   uint16_t bits;
+  __nv_bfloat16& operator=(const __nv_bfloat16& other) {  // see cuda_runtime.h
+    bits = other.bits;
+    return *this;
+  }
 };
-struct alignas(4) __nv_bfloat162 {
-  __nv_bfloat16 x, y;
-};
+GRADAUG_VECTOR2(__nv_bfloat162, __nv_bfloat16, 4);
 
 inline float __bfloat162float(__nv_bfloat16 b) { return __uint_as_float(uint32_t(b.bits) << 16); }
 inline __nv_bfloat16 __float2bfloat16_rn(float f) {

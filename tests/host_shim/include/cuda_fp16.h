@@ -5,10 +5,12 @@
 
 struct __half {
   uint16_t bits;
+  __half& operator=(const __half& other) {  // see cuda_runtime.h
+    bits = other.bits;
+    return *this;
+  }
 };
-struct alignas(4) __half2 {
-  __half x, y;
-};
+GRADAUG_VECTOR2(__half2, __half, 4);
 
 inline float __half2float(__half h) {
   const int exponent = h.bits >> 10 & 31, mantissa = h.bits & 1023;

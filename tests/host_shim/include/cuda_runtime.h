@@ -7,7 +7,8 @@
 //   dynamic shared memory       a heap block of the launch's exact size, filled with NaN bytes before every block
 //   __syncthreads, __syncwarp   a pthread barrier of the block's, the warp's threads; a thread that does not come is
 //                               waited for until the runner's alarm: no thread of a block may return before a barrier
-//   warp shuffles               an exchange through memory of the warp, of all its lanes (the mask must be full)
+//   warp shuffles               an exchange through memory of the warp, of all its lanes (the mask must be full); it
+//                               orders their other memory accesses too, which a GPU does not promise
 #pragma once
 
 #include <pthread.h>
@@ -38,27 +39,35 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct alignas(8) float2 {
-  float x, y;
-};
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
-struct alignas(8) int2 {
-  int x, y;
-};
-struct alignas(16) int4 {
-  int x, y, z, w;
-};
-struct alignas(16) double2 {
-  double x, y;
-};
+// GCC's ThreadSanitizer does not see a store whose value a function returns, as in *p = make_float2(x, y). An
+// assignment of their own makes such stores of CUDA's small structures visible.
+#define GRADAUG_VECTOR2(name, scalar, bytes) \
+  struct alignas(bytes) name {               \
+    scalar x, y;                             \
+    name& operator=(const name& other) {     \
+      x = other.x;                           \
+      y = other.y;                           \
+      return *this;                          \
+    }                                        \
+  }
+#define GRADAUG_VECTOR4(name, scalar, bytes) \
+  struct alignas(bytes) name {               \
+    scalar x, y, z, w;                       \
+    name& operator=(const name& other) {     \
+      x = other.x;                           \
+      y = other.y;                           \
+      z = other.z;                           \
+      w = other.w;                           \
+      return *this;                          \
+    }                                        \
+  }
+GRADAUG_VECTOR2(float2, float, 8);
+GRADAUG_VECTOR4(float4, float, 16);
+GRADAUG_VECTOR2(uint2, unsigned, 8);
+GRADAUG_VECTOR4(uint4, unsigned, 16);
+GRADAUG_VECTOR2(int2, int, 8);
+GRADAUG_VECTOR4(int4, int, 16);
+GRADAUG_VECTOR2(double2, double, 16);
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
@@ -77,15 +86,22 @@ namespace host_shim {
 
 constexpr int kMaxExchange = 512;  // bytes a lane can show its warp at once
 
+// Two pthread barriers in turn. ThreadSanitizer lets a thread that wakes up late from a barrier acquire what others
+// released to the same barrier since; with a single one, they would have been through their next piece of the kernel,
+// and a missing barrier in it would go unnoticed.
 class Barrier {
  public:
-  explicit Barrier(unsigned threads) { pthread_barrier_init(&barrier_, nullptr, threads); }
-  ~Barrier() { pthread_barrier_destroy(&barrier_); }
+  explicit Barrier(unsigned threads) {
+    for (pthread_barrier_t& barrier : barriers_) pthread_barrier_init(&barrier, nullptr, threads);
+  }
+  ~Barrier() {
+    for (pthread_barrier_t& barrier : barriers_) pthread_barrier_destroy(&barrier);
+  }
   Barrier(const Barrier&) = delete;
-  void wait() { pthread_barrier_wait(&barrier_); }
+  void wait(unsigned& turn) { pthread_barrier_wait(&barriers_[turn ^= 1]); }
 
  private:
-  pthread_barrier_t barrier_;
+  pthread_barrier_t barriers_[2];
 };
 
 struct Warp {
@@ -108,10 +124,13 @@ struct Team {
 };
 
 inline thread_local Team* team;
-inline thread_local unsigned thread_index, exchange_turn;
+inline thread_local unsigned thread_index, exchange_turn, block_turn, warp_turn;
+
+inline void wait_for_block() { team->barrier.wait(block_turn); }
 
 inline unsigned lane() { return thread_index % 32; }
 inline Warp& warp() { return *team->warps[thread_index / 32]; }
+inline void wait_for_warp() { warp().barrier.wait(warp_turn); }
 
 // Shows `mine` to the warp and returns what every lane showed.
 template <typename T>
@@ -120,7 +139,7 @@ const T* exchange(const T& mine, size_t& stride) {
   auto& slots = warp().slots[exchange_turn];
   exchange_turn ^= 1;
   std::memcpy(slots[lane()], &mine, sizeof(T));
-  warp().barrier.wait();
+  wait_for_warp();
   stride = kMaxExchange;
   return reinterpret_cast<const T*>(slots);
 }
@@ -163,7 +182,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   auto run = [&](unsigned index) {
     team = &own_team;
     thread_index = index;
-    exchange_turn = 0;
+    exchange_turn = block_turn = warp_turn = 0;
     threadIdx = {index % block.x, index / block.x % block.y, index / (block.x * block.y)};
     blockDim = block;
     gridDim = grid;
@@ -175,9 +194,9 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
             own_team.shared = static_cast<unsigned char*>(std::aligned_alloc(16, (shared_bytes + 15) / 16 * 16));
             std::memset(own_team.shared, 0xff, shared_bytes);
           }
-          own_team.barrier.wait();
+          wait_for_block();
           kernel(arguments...);
-          own_team.barrier.wait();
+          wait_for_block();
           if (index == 0) {
             std::free(own_team.shared);
             own_team.shared = nullptr;
@@ -193,10 +212,10 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
 
 }  // namespace host_shim
 
-inline void __syncthreads() { host_shim::team->barrier.wait(); }
+inline void __syncthreads() { host_shim::wait_for_block(); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
   host_shim::require(mask == 0xffffffffu, "__syncwarp must name all lanes");
-  host_shim::warp().barrier.wait();
+  host_shim::wait_for_warp();
 }
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
