@@ -166,7 +166,7 @@ def conv_jobs() -> list[ConvJob]:
         ConvJob(
             ConvCase("large tile, TF32", 1, (9, 8), (68, 67), one, padding=none), SINGLE, tf32=True, multiprocessors=1
         ),
-        ConvJob(ConvCase("splits", 3, (16, 17), (3, 5)), buffer=SINGLE, multiprocessors=8),
+        ConvJob(ConvCase("splits", 2, (16, 17), (3, 5)), buffer=SINGLE, multiprocessors=8),
         ConvJob(ConvCase("2 groups of 17 channels", 1, (3, 4), (34, 34), groups=2, bias=True)),
         ConvJob(ConvCase("depthwise, rows of 16 bytes", 1, (4, 5), (72, 72), groups=72, wider=(0, 8), bias=True)),
         ConvJob(ConvCase("depthwise, odd channels, rows of 16 bytes", 1, (4, 5), (13, 13), groups=13, x_layout="wide")),
@@ -174,6 +174,9 @@ def conv_jobs() -> list[ConvJob]:
 
 
 CONV_JOBS = conv_jobs()
+OWN_JOBS = [job for job in CONV_JOBS if job.case not in conv_cases()]
+# A race does not depend on sizes: every second case of the operator will do where a barrier costs most.
+JOBS_UNDER = {"asan": CONV_JOBS, "tsan": OWN_JOBS + [job for job in CONV_JOBS if job not in OWN_JOBS][::2]}
 
 
 def conv_tensors(job: ConvJob):
@@ -268,10 +271,10 @@ def runners(tmp_path_factory) -> dict:
 
 
 def run_under_sanitizers(runners, name: str, make_requests, folder: Path) -> dict:
-    """sanitizer -> what `make_requests` returned beside its requests, after the runner has filled in the results."""
+    """sanitizer -> what `make_requests(sanitizer)` returned beside its requests, filled in by the runner."""
 
     def one(sanitizer):
-        requests, results = make_requests()
+        requests, results = make_requests(sanitizer)
         done = run(runners[name, sanitizer], requests, folder / sanitizer)
         assert done.returncode == 0, done.stderr[-4000:]
         return results
@@ -344,9 +347,9 @@ def test_planted_defect_is_noticed(runners, defect, tmp_path):
 @pytest.fixture(scope="session")
 def conv_results(runners, tmp_path_factory):
     """sanitizer -> {(job, pass): result buffer}."""
-    keys = [(job, which) for job in CONV_JOBS for which in PASSES]
 
-    def make_requests():
+    def make_requests(sanitizer):
+        keys = [(job, which) for job in JOBS_UNDER[sanitizer] for which in PASSES]
         requests, buffers = zip(*(conv_request(*key) for key in keys), strict=True)
         return requests, dict(zip(keys, buffers, strict=True))
 
@@ -357,7 +360,7 @@ def conv_results(runners, tmp_path_factory):
 @pytest.mark.parametrize("which", PASSES)
 def test_slim_conv2d(conv_results, which, sanitizer):
     worst = {}
-    for job in CONV_JOBS:
+    for job in JOBS_UNDER[sanitizer]:
         buffer = conv_results[sanitizer][job, which]
         assert buffer.outside().isnan().all(), f"{job.case.name}: memory outside the slice was written"
         ours, exact, theirs = (
@@ -371,6 +374,8 @@ def test_slim_conv2d(conv_results, which, sanitizer):
         errors = [((values.double() - exact).abs().max() / exact.abs().max()).item() for values in (ours, theirs)]
         kind = "TF32" if job.tf32 else str(job.dtype).removeprefix("torch.")
         worst[kind] = max(worst.get(kind, [0.0, 0.0]), errors)
-    print(f"\n{which} under {sanitizer}, {len(CONV_JOBS)} cases; largest error, relative to the largest value:")
+    print(
+        f"\n{which} under {sanitizer}, {len(JOBS_UNDER[sanitizer])} cases; largest error, relative to the largest value:"
+    )
     for kind, (ours, theirs) in worst.items():
         print(f"  {kind:9} {ours:.1e}, PyTorch's {theirs:.1e}")
