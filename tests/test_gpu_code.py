@@ -1,4 +1,4 @@
-"""The machine code of every GPU kernel, for sm_80 and sm_90, without a GPU.
+"""The machine code of the Triton kernels for sm_80 and sm_90, inspected without a GPU.
 
 Triton compiles the launchers' own launches: they run on meta tensors, and what they would launch is compiled for the
 target instead. The figures of each kernel are compared with gpu_code.csv: none may get worse. Run this file to write
@@ -6,7 +6,7 @@ the table anew, and see `git diff`:
 
     python tests/test_gpu_code.py
 
-CUDA C++ joins by a second generator of rows in ROWS.
+The CUDA C++ kernels are inspected by test_gpu_code_cuda.py.
 """
 
 import csv
@@ -136,7 +136,7 @@ def launches(geometry) -> Iterator[tuple]:
 
 def constants(kernel, arguments) -> dict:
     """What of a launch is compiled in, by the kernel's own declaration."""
-    options = {"num_warps", "num_stages"} & set(arguments)
+    options = [name for name in ("num_warps", "num_stages") if name in arguments]
     return {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr} | {o: arguments[o] for o in options}
 
 
@@ -177,13 +177,10 @@ def triton_rows(target: int) -> list[dict]:
 # ---- all rows
 
 
-ROWS = (triton_rows,)  # each: target -> rows with KEY, COSTS, GAINS, hgmma and compiler
-
-
 def all_rows() -> list[dict]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(len(TARGETS), os.cpu_count()), mp_context=context) as pool:
-        futures = [pool.submit(rows, target) for rows in ROWS for target in TARGETS]
+        futures = [pool.submit(triton_rows, target) for target in TARGETS]
         return sorted((row for future in futures for row in future.result()), key=lambda r: [r[k] for k in KEY])
 
 
