@@ -1,7 +1,7 @@
 // The geometry of a convolution, one axis at a time, free of torch.
 //
-// Forward and input gradient are both *gathers*: output q sums, over taps t, input step * q + offset[t] times the weight
-// at kernel index tap[t], and is stored at coordinate first + spacing * q; inputs outside [0, inputs) are zero.
+// Forward and input gradient are both *gathers*: output q sums, over taps t, input step * q + offset[t] times the
+// weight at kernel index tap[t], and is stored at coordinate first + spacing * q; inputs outside [0, inputs) are zero.
 //
 //   forward          y[q]  = sum_t x[stride * q + dilation * t - padding] w[t]
 //   input gradient   dx[h] = sum_t dy[(h + padding - dilation * t) / stride] w[t], where that is an integer.

@@ -1,4 +1,5 @@
-// A band: some rows of an image, copied with their padding into thread-local memory that stays in the second-level cache.
+// A band: some rows of an image, copied with their padding into thread-local memory that stays in the second-level
+// cache.
 #pragma once
 
 #include <cstring>

@@ -44,8 +44,8 @@ struct Buffer {
 // y[n, q] = bias + sum over taps of x[n, step * q + offset[tap]] weight[tap], along both axes.
 //   x [batch, h.inputs, w.inputs, depth], weight [KH, KW, depth, columns], bias [columns] or null,
 //   y [batch, H, W, columns]: only the pixels that the two axes name are written.
-void gather_conv(const Kernels& kernels, int64_t batch, const GatherAxis& h, const GatherAxis& w, Image x, int64_t depth,
-                 const Weight& weight, const float* bias, Image y, int64_t columns);
+void gather_conv(const Kernels& kernels, int64_t batch, const GatherAxis& h, const GatherAxis& w, Image x,
+                 int64_t depth, const Weight& weight, const float* bias, Image y, int64_t columns);
 
 // dweight[o, h, w, i] += sum over images and pixels q of dy[n, q, o] x[n, stride * q + dilation * (h, w) - padding, i].
 //   dy [batch, OH, OW, out], x [batch, H, W, in]; dweight float32 with any strides.

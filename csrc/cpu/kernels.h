@@ -19,8 +19,8 @@ struct GemmTile {
   int64_t a_row;              // units
   const int64_t* tap_offset;  // [taps], units
   int64_t taps;
-  const float* b;  // [taps, depth, vectors * lanes], units, zero beyond the columns
-  int64_t depth;   // units in a tap
+  const float* b;     // [taps, depth, vectors * lanes], units, zero beyond the columns
+  int64_t depth;      // units in a tap
   const float* bias;  // [vectors * lanes] or null
   void* c;            // elements of the output's dtype
   int64_t c_row;      // elements
@@ -53,7 +53,8 @@ struct Kernels {
   // dst[p][k] for p < pixels: `channels` elements from src + p * src_pixel, as units, zeros up to dst_pixel.
   void (*load_pixels)(float* dst, int64_t dst_pixel, const void* src, int64_t src_pixel, Dtype dtype, int64_t pixels,
                       int64_t channels);
-  // One panel of one tap: dst[k][j], the elements src[2k * k_stride + j * n_stride] and (2k + 1), or one where pair is 1.
+  // One panel of one tap: dst[k][j], the elements src[2k * k_stride + j * n_stride] and (2k + 1), or one where pair
+  // is 1.
   void (*pack_panel)(float* dst, int64_t dst_columns, const void* src, Dtype dtype, int64_t depth, int64_t columns,
                      int64_t k_stride, int64_t n_stride);
   // Pairs along pixels: dst[k] = (first[k], second[k]) for bfloat16 channels, zeros where one is null.

@@ -227,9 +227,9 @@ struct Impl {
           V block[S::lanes];
           GRADAUG_UNROLL
           for (int64_t i = 0; i < S::lanes; i++) {
-            block[i] = j + i < columns ? S::load_units(from + ((j + i) * n_stride + k * S::pair) * size, dtype,
-                                                       depth - k * S::pair)
-                                       : S::zero();
+            block[i] = j + i < columns
+                           ? S::load_units(from + ((j + i) * n_stride + k * S::pair) * size, dtype, depth - k * S::pair)
+                           : S::zero();
           }
           S::transpose(block);
           GRADAUG_UNROLL
@@ -268,7 +268,8 @@ struct Impl {
   static void zip_pixels(float* dst, const uint16_t* first, const uint16_t* second, int64_t channels) {
     if constexpr (S::pair == 2) {
       for (int64_t c = 0; c < channels; c += S::lanes) {
-        S::store(dst + c, S::zip(first ? first + c : nullptr, second ? second + c : nullptr, channels - c), channels - c);
+        S::store(dst + c, S::zip(first ? first + c : nullptr, second ? second + c : nullptr, channels - c),
+                 channels - c);
       }
     }
   }

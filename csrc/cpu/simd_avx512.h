@@ -56,8 +56,8 @@ struct Avx512 {
 
   static void store_floats(void* p, V v, Dtype dtype, int64_t n) {
     if (dtype == Dtype::f32) return store(static_cast<float*>(p), v, n);
-    const __m256i raw = dtype == Dtype::f16 ? _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
-                                            : to_bf16(v);
+    const __m256i raw =
+        dtype == Dtype::f16 ? _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC) : to_bf16(v);
     if (n >= lanes) {
       _mm256_storeu_si256(static_cast<__m256i*>(p), raw);
     } else {

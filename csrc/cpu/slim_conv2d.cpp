@@ -79,9 +79,9 @@ Tensor slice(const Tensor& weight, int64_t out_channels, int64_t in_channels, in
 // dx, dw [out, in / groups, KH, KW]; undefined where the mask is false.
 std::tuple<Tensor, Tensor> torch_gradients(const Tensor& dy, const Tensor& x, const Tensor& w, const Geometry& g,
                                            std::array<bool, 2> mask) {
-  auto [dx, dw, db] = at::convolution_backward(dy, x, w, std::nullopt, g.stride, g.padding, g.dilation,
-                                               /*transposed=*/false, /*output_padding=*/{0, 0}, g.groups,
-                                               {mask[0], mask[1], false});
+  auto [dx, dw, db] =
+      at::convolution_backward(dy, x, w, std::nullopt, g.stride, g.padding, g.dilation,
+                               /*transposed=*/false, /*output_padding=*/{0, 0}, g.groups, {mask[0], mask[1], false});
   return {dx, dw};
 }
 
@@ -162,9 +162,10 @@ void slim_conv2d_weight_grad_(const Tensor& dy, const Tensor& x, Tensor& dweight
   }
   const Tensor input = nhwc(x), output = nhwc(dy);
   const bool in_place = target.scalar_type() == at::kFloat;
-  Tensor sum = in_place ? target
-                        : at::zeros(target.sizes(), target.options().dtype(at::kFloat))
-                              .contiguous(at::MemoryFormat::ChannelsLast);
+  Tensor sum =
+      in_place
+          ? target
+          : at::zeros(target.sizes(), target.options().dtype(at::kFloat)).contiguous(at::MemoryFormat::ChannelsLast);
   conv_weight_grad(*kernels, x.size(0), geometry.axis(0, x.sizes(), dy.sizes(), target.sizes()),
                    geometry.axis(1, x.sizes(), dy.sizes(), target.sizes()), image(output), dy.size(1), image(input),
                    x.size(1), {sum.data_ptr<float>(), sum.stride(0), sum.stride(2), sum.stride(3), sum.stride(1)});

@@ -1,6 +1,7 @@
 // Weight gradient of a convolution, a matrix product that sums over pixels:
 // 1. threads share the output channels of a large weight, and the pixels of a small one (each then has its own sum);
-// 2. a thread takes blocks of a few hundred pixels. Float32 images are read in place; pairs of pixels of bfloat16 images
+// 2. a thread takes blocks of a few hundred pixels. Float32 images are read in place; pairs of pixels of bfloat16
+// images
 //    are zipped into units first, x once for each column of the kernel;
 // 3. for each tap and panel of 32 input channels, tiles of 8 output channels sum the block in registers, over those
 //    pixels that the tap finds inside the image, and are added to the gradient;

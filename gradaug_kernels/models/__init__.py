@@ -57,6 +57,7 @@ def build_model(name: str, num_classes: int, in_channels: int = 3, **options: An
     """Build a network with random weights.
 
     name: "cifar_resnet" (options depth, base_width, stem_stride), "wide_resnet" (depth, widen_factor, dropout),
-    "pyramidnet" (depth, alpha, bottleneck) or "torchvision/resnet50" and the like; images: [N, in_channels, H, W]; logits: [N, num_classes].
+    "pyramidnet" (depth, alpha, bottleneck) or "torchvision/resnet50" and the like; images: [N, in_channels, H, W];
+    logits: [N, num_classes].
     """
     return find(name)(num_classes, in_channels, **options)

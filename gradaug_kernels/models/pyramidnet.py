@@ -90,5 +90,5 @@ class PyramidNet(nn.Module):
 def pyramidnet(
     num_classes: int, in_channels: int = 3, *, depth: int = 200, alpha: int = 240, bottleneck: bool = True
 ) -> PyramidNet:
-    """PyramidNet with `depth` layers whose channels grow by `alpha`; 200, 240 and bottleneck as published with GradAug."""
+    """PyramidNet with `depth` layers whose channels grow by `alpha`; by default as published with GradAug."""
     return PyramidNet(depth, alpha, bottleneck, num_classes, in_channels)
