@@ -133,6 +133,10 @@ def test_gradients_are_as_accurate_as_torch(case, dtype):
             options = {"terms": float(tensors["dy"].double().square().sum((0, 2, 3)).sqrt().max())}
         else:
             options = {"sharing": grad.numel() // case.channels}
+        if name == "x" and not case.given and grad.numel() // case.channels <= 4:
+            # Of dz, little is left after what few values have in common: the unit is that of dz.
+            std = (tensors["x"].double().var((0, 2, 3), correction=0) + 1e-5).sqrt()[:, None, None]
+            options["terms"] = float((tensors["dy"].double() / std).square().mean().sqrt())
         assert_as_accurate(grad, torch_grads[name], exact[name], gradient=True, **options)
 
 
