@@ -12,7 +12,14 @@ from .config import load_config, parse_setting, preset_names
 from .folder import FILES
 from .info import collect_info, format_info
 
-SHORTCUTS = {"data": "data.root", "seed": "train.seed", "epochs": "train.epochs", "device": "train.device"}
+SHORTCUTS = {
+    "data": "data.root",
+    "fraction": "data.fraction",
+    "per_class": "data.per_class",
+    "seed": "train.seed",
+    "epochs": "train.epochs",
+    "device": "train.device",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,6 +64,8 @@ def _parser():
     train.add_argument("preset", metavar="PRESET", help=f"{', '.join(preset_names())}, or a TOML file")
     train.add_argument("--data", metavar="FOLDER", help="folder of the images (data.root)")
     train.add_argument("--out", metavar="FOLDER", help="output folder (default: runs/PRESET)")
+    train.add_argument("--fraction", type=float, help="part of each class to train on, in (0, 1] (data.fraction)")
+    train.add_argument("--per-class", type=int, help="images of each class to train on (data.per_class)")
     train.add_argument("--seed", type=int, help="seed of all draws (train.seed)")
     train.add_argument("--epochs", type=int, help="passes over the training images (train.epochs)")
     train.add_argument("--device", help='"auto", "cpu" or "cuda" (train.device)')

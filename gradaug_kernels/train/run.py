@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 import gradaug_kernels as gk
 
-from .. import data, models
+from .. import data
 from ..data.image_tensors import mix_seed
+from .build import build_network, build_optimizer, build_step, private_widths
 from .config import Config, to_tables
 from .folder import CHECKPOINT, complete_file, open_folder, write_checkpoint
 from .report import closing_table, epoch_line, write_curves, write_metrics
@@ -45,37 +46,21 @@ def train(config: Config, out: str | Path, *, resume: bool = False, overwrite: b
     evaluated_on = "test"
     if config.data.holdout:
         images, evaluated_on = images.hold_out(config.data.holdout, seed), "held-out"
+    images = images.part(config.data.fraction, config.data.per_class, config.data.part_seed)
     at_loader = {"device": device, "workers": config.data.workers}
     train_loader = images.train.loader(config.train.batch_size, train=True, seed=seed, **at_loader)
     test_loader = images.test.loader(config.evaluate.batch_size, **at_loader)
 
     # Network
     torch.manual_seed(seed)
-    model = models.build_model(config.model.name, len(images.classes), images.channels, **config.model.options)
-    model = gk.convert(model, divisor=config.gradaug.divisor)
+    model = build_network(config, len(images.classes), images.channels)
     with gk.use_width(model, min(config.gradaug.min_width, *config.evaluate.widths)):
         pass  # a width that leaves a layer without channels is refused before anything is written
     model.to(device, memory_format=torch.channels_last if config.train.channels_last else torch.contiguous_format)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=config.optimizer.lr,
-        momentum=config.optimizer.momentum,
-        nesterov=config.optimizer.nesterov,
-        weight_decay=config.optimizer.weight_decay,
-    )
+    optimizer = build_optimizer(config, model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(config, len(train_loader)))
     autocast_dtype = torch.bfloat16 if config.train.precision == "bf16" else None
-    step = gk.GradAug(
-        model,
-        optimizer,
-        num_subnets=config.gradaug.num_subnets,
-        min_width=config.gradaug.min_width,
-        resolutions=config.gradaug.resolutions or None,
-        reduction=config.gradaug.reduction,
-        scheduler=scheduler,
-        seed=seed,
-        autocast_dtype=autocast_dtype,
-    )
+    step = build_step(config, model, optimizer, images, scheduler=scheduler, autocast_dtype=autocast_dtype)
 
     # Where an earlier run stopped
     history, seconds_before = [], 0.0
@@ -206,15 +191,16 @@ def evaluate(model, loader, autocast_dtype=None) -> tuple[float, float, float]:
 def _evaluate_widths(model, images, test_loader, config, at_loader, full_top1, autocast_dtype):
     """{"0.8": top-1 in percent, ...} of the configured widths, with statistics of unaugmented training images.
 
-    The full network keeps the statistics of its training, so its accuracy is known already.
+    The full network, and widths with private statistics, keep those of their training.
     """
     narrow = sorted(width for width in set(config.evaluate.widths) if width != 1)
+    without = [width for width in narrow if width not in private_widths(config)]
     widths = {}
-    if narrow:
+    if without:
         loader = images.train.loader(
             config.train.batch_size, train=True, augment=False, seed=config.train.seed, **at_loader
         )
-        gk.calibrate(model, narrow, loader, config.evaluate.calibration_batches or None)
+        gk.calibrate(model, without, loader, config.evaluate.calibration_batches or None)
     for width in narrow:
         with gk.use_width(model, width):
             widths[str(width)] = evaluate(model, test_loader, autocast_dtype)[1]
