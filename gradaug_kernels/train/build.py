@@ -7,7 +7,7 @@ from torch import nn
 
 import gradaug_kernels as gk
 
-from .. import models
+from .. import data, models
 from ..data import ImageData
 from .config import Config
 from .transforms import named_transform
@@ -17,6 +17,15 @@ SUBNET_LOSSES = {
     "alpha_divergence": gk.alpha_divergence,
     "cross_entropy": "cross_entropy",
 }
+
+
+def load_images(config: Config) -> tuple[ImageData, str]:
+    """The data set of [data], and which images its `test` are: "test" or "held-out"."""
+    images = data.load(config.data.name, config.data.root or None, **config.data.options)
+    evaluated_on = "test"
+    if config.data.holdout:
+        images, evaluated_on = images.hold_out(config.data.holdout, config.train.seed), "held-out"
+    return images.part(config.data.fraction, config.data.per_class, config.data.part_seed), evaluated_on
 
 
 def build_network(config: Config, num_classes: int, channels: int) -> nn.Module:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from .. import tune
 from .config import load_config, parse_setting, preset_names
-from .folder import FILES
+from .folder import CHECKPOINT, FILES
 from .info import collect_info, format_info
+from .report import table
 
 SHORTCUTS = {
     "data": "data.root",
@@ -79,6 +80,38 @@ def _parser():
 
     commands.add_parser("tune", help="measure on this GPU which kernel serves which shape, and keep the table")
 
+    evaluate = commands.add_parser(
+        "eval",
+        help="measure a trained network: widths, corruptions, adversarial images, calibration",
+        description="Measure the network of a checkpoint, and write tables and figures.",
+    )
+    evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint.pt of a run, or the run's folder")
+    evaluate.add_argument("--out", metavar="FOLDER", help="output folder (default: evaluation beside the checkpoint)")
+    evaluate.add_argument(
+        "--parts", metavar="PART", nargs="+", default=[], help="some of: widths corruptions attacks calibration"
+    )
+    evaluate.add_argument(
+        "--images", type=int, default=0, help="so many test images, chosen by the seed (default: all)"
+    )
+    evaluate.add_argument("--constants", default="auto", help="of the corruptions: auto, imagenet or cifar")
+    evaluate.add_argument(
+        "--epsilons", type=float, nargs="+", default=[], help="of the attacks, of 255 (default: 1 2 4 8 16)"
+    )
+    evaluate.add_argument("--pgd-steps", type=int, default=10, help="steps of PGD, of epsilon / 4 each (default: 10)")
+    evaluate.add_argument("--widths", type=float, nargs="+", default=[], help="in place of the run's evaluate.widths")
+    evaluate.add_argument(
+        "--relative-to", metavar="FILE", default="", help="alexnet, or another network's evaluation.json"
+    )
+    evaluate.add_argument(
+        "--seed", type=int, default=0, help="of the choice of images, the corruptions and PGD's start"
+    )
+    evaluate.add_argument("--data", metavar="FOLDER", default="", help="folder of the images, in place of the run's")
+    evaluate.add_argument("--device", default="auto", help='"auto", "cpu" or "cuda"')
+    evaluate.add_argument("--workers", type=int, default=0, help="processes that read and corrupt images")
+    evaluate.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation")
+    evaluate.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
+    evaluate.set_defaults(run=_eval)
+
     info = commands.add_parser(
         "info",
         help="show versions, device, build configuration, and the backend of each operator",
@@ -106,6 +139,33 @@ def _train(command):
     except KeyboardInterrupt:
         print(f"gradaug: interrupted; --resume --out {out} goes on after the last complete epoch", file=sys.stderr)
         return 130
+    return 0
+
+
+def _eval(command):
+    from ..evaluate import checkpoint as evaluation
+    from ..evaluate.measure import summary
+
+    path = Path(command.checkpoint)
+    path = path / CHECKPOINT if path.is_dir() else path
+    out = Path(command.out) if command.out else path.parent / "evaluation"
+    found = evaluation.evaluate_checkpoint(
+        path,
+        out,
+        parts=command.parts or evaluation.PARTS,
+        images=command.images,
+        constants=command.constants,
+        epsilons=command.epsilons or evaluation.EPSILONS,
+        pgd_steps=command.pgd_steps,
+        widths=command.widths,
+        relative_to=command.relative_to,
+        seed=command.seed,
+        data=command.data,
+        device=command.device,
+        workers=command.workers,
+        overwrite=command.overwrite,
+    )
+    print(table([("top-1", f"{found['top1']:.2f} %"), *summary(found), ("output", str(out))]))
     return 0
 
 

@@ -99,6 +99,11 @@ def closing_table(summary: dict[str, Any], out: Path) -> str:
         ("seconds", f"{summary['seconds']:.1f}"),
         ("output", str(out)),
     ]
+    return table(rows)
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """Rows (name, value) between rules."""
     width = max(len(name) for name, _ in rows)
     rule = "-" * (width + 2 + max(len(value) for _, value in rows))
     return "\n".join([rule, *(f"{name:<{width}}  {value}" for name, value in rows), rule])

@@ -16,9 +16,8 @@ from tqdm import tqdm
 
 import gradaug_kernels as gk
 
-from .. import data
 from ..data.image_tensors import mix_seed
-from .build import build_network, build_optimizer, build_step, private_widths
+from .build import build_network, build_optimizer, build_step, load_images, private_widths
 from .config import Config, to_tables
 from .folder import CHECKPOINT, complete_file, open_folder, write_checkpoint
 from .report import closing_table, epoch_line, write_curves, write_metrics
@@ -38,15 +37,11 @@ def train(config: Config, out: str | Path, *, resume: bool = False, overwrite: b
     """
     start = time.perf_counter()
     out = Path(out)
-    device = _device(config.train.device)
+    device = find_device(config.train.device)
     seed, epochs = config.train.seed, config.train.epochs
 
     # Data
-    images = data.load(config.data.name, config.data.root or None, **config.data.options)
-    evaluated_on = "test"
-    if config.data.holdout:
-        images, evaluated_on = images.hold_out(config.data.holdout, seed), "held-out"
-    images = images.part(config.data.fraction, config.data.per_class, config.data.part_seed)
+    images, evaluated_on = load_images(config)
     at_loader = {"device": device, "workers": config.data.workers}
     train_loader = images.train.loader(config.train.batch_size, train=True, seed=seed, **at_loader)
     test_loader = images.test.loader(config.evaluate.batch_size, **at_loader)
@@ -223,7 +218,8 @@ def _schedule(config, iterations_per_epoch):
     return factor
 
 
-def _device(name):
+def find_device(name: str) -> torch.device:
+    """The device of train.device. Raises: ValueError for one that is unknown or not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
