@@ -22,7 +22,9 @@ def write_widths(out: Path, widths: dict[str, float], title: str) -> None:
     write_table(out / "widths.csv", ["width", "top1"], [[width, value] for width, value in widths.items()])
     figure, axis = _figure(title)
     axis.plot([float(width) for width in widths], list(widths.values()), color=BLUE, marker="o")
-    axis.set(xlabel="width", ylabel="top-1 accuracy (%)")
+    low, high = min(widths.values()), max(widths.values())
+    margin = max(0.2 * (high - low), 1.0)  # differences below a percent should not look large
+    axis.set(xlabel="width", ylabel="top-1 accuracy (%)", ylim=(low - margin, high + margin))
     _save(figure, out / "widths.png")
 
 
@@ -43,6 +45,8 @@ def write_corruptions(out: Path, corruptions: dict[str, Any], clean: float, titl
     axis.set_xticks(range(len(errors)), labels, rotation=60, ha="right", fontsize=8)
     starred = "; * not in the mean" if any(name not in COMMON for name in errors) else ""
     axis.set(ylabel="top-1 error (%)", xlabel=f"{corruptions['constants']} constants{starred}")
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.margins(x=0.01)
     _save(figure, out / "corruptions.png")
 
 
@@ -88,7 +92,7 @@ def _figure(title, width=4.6):
 
 def _save(figure, path):
     axis = figure.axes[0]
-    if axis.get_legend_handles_labels()[0]:
+    if axis.get_legend() is None and axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False, fontsize=8)
     with complete_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)

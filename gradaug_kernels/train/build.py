@@ -1,14 +1,17 @@
 """From a configuration to the network, the optimizer and the training step."""
 
+import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import gradaug_kernels as gk
 
 from .. import data, models
 from ..data import ImageData
+from ..models.regularize import regularise
 from .config import Config
 from .transforms import named_transform
 
@@ -29,8 +32,13 @@ def load_images(config: Config) -> tuple[ImageData, str]:
 
 
 def build_network(config: Config, num_classes: int, channels: int) -> nn.Module:
-    """The network of [model], of adjustable width; its private statistics are those that training updates."""
+    """The network of [model] with the layers of [regularize], of adjustable width.
+
+    It has private statistics for the widths for which training updates them.
+    """
     model = models.build_model(config.model.name, num_classes, channels, **config.model.options)
+    names = ("dropout", "drop_block", "drop_block_size", "stochastic_depth")
+    regularise(model, **{name: getattr(config.regularize, name) for name in names})
     return gk.convert(model, private_widths(config), config.gradaug.divisor)
 
 
@@ -68,6 +76,7 @@ def build_step(
         transforms=[
             named_transform(name, images.size, images.train.mean, images.train.std) for name in gradaug.transforms
         ],
+        criterion=functools.partial(F.cross_entropy, label_smoothing=config.regularize.label_smoothing),
         distinct_transforms=gradaug.distinct_transforms,
         subnet_loss=SUBNET_LOSSES[gradaug.subnet_loss],
         temperature=gradaug.temperature,

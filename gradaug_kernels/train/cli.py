@@ -1,13 +1,17 @@
 """The command line: `gradaug train PRESET`, `gradaug info` and `gradaug tune`."""
 
 import argparse
+import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from .. import tune
+from .._options import nearest
+from .compare import compare, comparison_names, load_comparison
 from .config import load_config, parse_setting, preset_names
 from .folder import CHECKPOINT, FILES
 from .info import collect_info, format_info
@@ -112,6 +116,24 @@ def _parser():
     evaluate.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
     evaluate.set_defaults(run=_eval)
 
+    comparison = commands.add_parser(
+        "compare",
+        help="train several methods with several seeds, at equal epochs and at equal compute",
+        description="Train the methods of a comparison; write one table and one figure. Started again, it goes on.",
+    )
+    comparison.add_argument("comparison", metavar="COMPARISON", help=f"{', '.join(comparison_names())}, or a TOML file")
+    comparison.add_argument("--out", metavar="FOLDER", help="output folder (default: runs/compare-COMPARISON)")
+    comparison.add_argument("--seeds", type=int, nargs="+", default=[], help="in place of the comparison's")
+    comparison.add_argument("--methods", nargs="+", default=[], help="only these of the comparison's")
+    comparison.add_argument("--data", metavar="FOLDER", help="folder of the images (data.root)")
+    comparison.add_argument("--epochs", type=int, help="of all methods at equal epochs (train.epochs)")
+    comparison.add_argument("--device", help='"auto", "cpu" or "cuda" (train.device)')
+    comparison.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="any key, for all methods that do not set it"
+    )
+    comparison.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
+    comparison.set_defaults(run=_compare)
+
     info = commands.add_parser(
         "info",
         help="show versions, device, build configuration, and the backend of each operator",
@@ -139,6 +161,35 @@ def _train(command):
     except KeyboardInterrupt:
         print(f"gradaug: interrupted; --resume --out {out} goes on after the last complete epoch", file=sys.stderr)
         return 130
+    return 0
+
+
+def _compare(command):
+    comparison = load_comparison(command.comparison)
+    out = Path(command.out or f"runs/compare-{comparison.name}")
+    settings = comparison.settings | dict(map(parse_setting, command.set))
+    for name in ("data", "epochs", "device"):
+        if getattr(command, name) is not None:
+            settings[SHORTCUTS[name]] = getattr(command, name)
+    methods = comparison.methods
+    for name in command.methods:
+        if name not in methods:
+            raise ValueError(nearest("method", name, methods))
+    if command.methods:
+        methods = {name: methods[name] for name in command.methods}
+    seeds = tuple(command.seeds or comparison.seeds)
+    comparison = dataclasses.replace(comparison, settings=settings, methods=methods, seeds=seeds)
+    words = ["gradaug", "compare", command.comparison]
+    for name in ("seeds", "methods"):
+        words += [f"--{name}", *map(str, getattr(command, name))] if getattr(command, name) else []
+    words += [f"--epochs {command.epochs}"] if command.epochs else []
+    words += [f"--set {shlex.quote(setting)}" for setting in command.set]
+    try:
+        compare(comparison, out, " ".join(words))
+    except KeyboardInterrupt:
+        print("gradaug: interrupted; the same command goes on after the last complete epoch", file=sys.stderr)
+        return 130
+    print((out / "table.md").read_text())
     return 0
 
 

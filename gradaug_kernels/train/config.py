@@ -54,6 +54,21 @@ class GradAugConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RegularizeConfig:
+    label_smoothing: float = 0.0  # of the full network's targets
+    mixup: float = 0.0  # alpha of Mixup's Beta(alpha, alpha); 0: off
+    cutmix: float = 0.0  # alpha of CutMix's; 0: off
+    mix_probability: float = 1.0  # that a batch is mixed at all
+    random_erasing: float = 0.0  # probability, for each image
+    dropout: float = 0.0  # before the classifier
+    drop_block: float = 0.0  # at the ends of the branches of the last two stages
+    drop_block_size: int = 7  # pixels of the activation
+    stochastic_depth: float = 0.0  # probability that the last block's branch is left out, linear over the blocks
+    gradient_noise: float = 0.0  # variance at the first iteration, falling as (1 + t)^-0.55
+    average_decay: float = 0.0  # of an exponential moving average of the weights, which is evaluated; 0: off
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     lr: float = 0.1
     momentum: float = 0.9
@@ -92,6 +107,7 @@ class Config:
     data: DataConfig
     model: ModelConfig
     gradaug: GradAugConfig
+    regularize: RegularizeConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     train: TrainConfig
@@ -291,6 +307,14 @@ def _check_ranges(config):
     require(all(size >= 1 for size in gradaug.resolutions), "gradaug.resolutions", "sizes of at least 1 pixel")
     require(gradaug.reduction in ("sum", "mean"), "gradaug.reduction", '"sum" or "mean"')
     require(gradaug.divisor >= 1, "gradaug.divisor", "at least 1")
+    regularize = config.regularize
+    for name in ("mixup", "cutmix", "gradient_noise"):
+        require(getattr(regularize, name) >= 0, f"regularize.{name}", "at least 0")
+    for name in ("mix_probability", "random_erasing"):
+        require(0 <= getattr(regularize, name) <= 1, f"regularize.{name}", "in [0, 1]")
+    for name in ("label_smoothing", "dropout", "drop_block", "stochastic_depth", "average_decay"):
+        require(0 <= getattr(regularize, name) < 1, f"regularize.{name}", "in [0, 1)")
+    require(regularize.drop_block_size >= 1, "regularize.drop_block_size", "at least 1")
     require(optimizer.lr >= 0, "optimizer.lr", "at least 0")
     require(0 <= optimizer.momentum < 1, "optimizer.momentum", "in [0, 1)")
     require(optimizer.weight_decay >= 0, "optimizer.weight_decay", "at least 0")

@@ -26,8 +26,8 @@ def frost(x, c, rng):
     The benchmark lays photographs of frost over the image. They do not come with this package: the frost here is drawn,
     bright ridges of fractal noise in a cold white, so its errors are no match for published ones.
     """
-    ridges = 1 - 2 * np.abs(_filters.plasma_for(x, 1.9, rng) - 0.5)  # [H, W], 1 where the noise crosses its middle
-    veil = _filters.plasma_for(x, 2.5, rng)
+    ridges = 1 - 2 * np.abs(_filters.plasma_for(x, 1.4, rng) - 0.5)  # [H, W], 1 where the noise crosses its middle
+    veil = _filters.plasma_for(x, 1.8, rng)
     ice = np.clip(0.75 * ridges**3 + 0.45 * veil, 0, 1)[..., None]  # [H, W, 1]
     return c[0] * x + c[1] * ice * np.array([0.86, 0.94, 1.0])
 
