@@ -89,6 +89,8 @@ class RandomLayerWidth:
 
     def bind(self, model: nn.Module, num_subnets: int) -> None:
         set_width(model, 1.0)
+        model = getattr(model, "_orig_mod", model)  # of torch.compile
+        model = getattr(model, "module", model)  # of DistributedDataParallel
         modules = dict(model.named_modules())
         self.classes = [[modules[name] for name in names] for names in shared_channels(model)]
         classed = {module for layers in self.classes for module in layers}

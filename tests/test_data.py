@@ -12,6 +12,7 @@ from torchvision import datasets
 from gradaug_kernels import data
 from gradaug_kernels.data import cifar, fashion_mnist
 from gradaug_kernels.data._idx import idx_bytes, read_idx
+from gradaug_kernels.data.image_data import ImageData
 from gradaug_kernels.data.image_folder import Lighting
 from gradaug_kernels.data.image_tensors import ImageTensors
 
@@ -364,3 +365,44 @@ def test_folders_without_images(folder, tmp_path):
     images = data.load("image_folder", tmp_path)
     with pytest.raises(ValueError, match=r"every image file must be readable, got .*0\.png"):
         images.train[0]
+
+
+# ---- parts of the training images
+
+
+def unbalanced():
+    targets = torch.tensor([0] * 30 + [1] * 10 + [2] * 20)
+    images = torch.arange(60, dtype=torch.uint8)[:, None, None, None].expand(60, 2, 2, 1)
+    split = ImageTensors(images, targets, (0.5,), (0.5,))
+    return ImageData("numbered", "made here", ("a", "b", "c"), 1, 2, split, split)
+
+
+def numbers(data):
+    return data.train.images[:, 0, 0, 0].tolist()
+
+
+def test_a_fraction_takes_the_same_part_of_each_class():
+    data = unbalanced()
+    half = data.part(0.5, seed=3)
+    assert half.train.targets.bincount().tolist() == [15, 5, 10]
+    assert len(set(numbers(half))) == 30
+    assert len(half.test) == 60
+    assert numbers(data.part(0.5, seed=3)) == numbers(half)
+    assert numbers(data.part(0.5, seed=4)) != numbers(half)
+    assert set(numbers(data.part(0.2, seed=3))) < set(numbers(half)), "a larger part contains the smaller"
+    assert data.part() is data
+
+
+def test_so_many_images_of_each_class():
+    part = unbalanced().part(per_class=7)
+    assert part.train.targets.bincount().tolist() == [7, 7, 7]
+    with pytest.raises(ValueError, match=r"must be at most 10, the images of class b, got 11"):
+        unbalanced().part(per_class=11)
+    with pytest.raises(ValueError, match=r"must be at least 1 per class, got 0"):
+        unbalanced().part(0.04)
+
+
+def test_a_part_of_a_folder(folder):
+    part = data.load("image_folder", folder, size=28).part(per_class=2)
+    assert part.train.targets.tolist() == [0, 0, 1, 1]
+    assert [part.train[i][1] for i in range(4)] == [0, 0, 1, 1]

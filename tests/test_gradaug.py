@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradaug_kernels as gk
-from benchmarks.eager import eager_slimmable, eager_step
+from benchmarks.eager import eager_slimmable, eager_step, set_eager_width
 
 
 def small_resnet():
@@ -145,6 +145,55 @@ def test_mean_reduction_scales_the_gradient():
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("options", "subnet_loss"),
+    [
+        ({"temperature": 2.5}, lambda t, z, y: 2.5**2 * F.cross_entropy(z / 2.5, t(2.5))),
+        ({"subnet_loss": "cross_entropy"}, lambda t, z, y: F.nll_loss(z.log_softmax(1), y)),
+        ({"subnet_weight": (0.5, 2.0)}, lambda t, z, y: F.cross_entropy(z, t(1))),
+        ({"subnet_weight": 0.25, "reduction": "mean"}, lambda t, z, y: F.cross_entropy(z, t(1))),
+        (
+            {"subnet_loss": lambda p, z: gk.alpha_divergence(p, z, alphas=(2.0,), clip=1e9)},
+            lambda t, z, y: (t(1) ** 2 / z.softmax(1)).sum(1).mean() / 2,
+        ),
+    ],
+    ids=["temperature", "hard labels", "weights", "mean", "alpha"],
+)
+def test_the_gradient_is_the_sum_of_the_losses(options, subnet_loss):
+    """Against one backward pass through the weighted sum of all losses, in plain PyTorch."""
+    model = small_resnet()
+    oracle = eager_slimmable(model)
+    gk.convert(model)
+    images, targets = next(batches(1))
+    step = gk.GradAug(model, torch.optim.SGD(model.parameters(), 1.0), num_subnets=2, min_width=0.7, **options)
+    before = [p.detach().clone() for p in model.parameters()]
+    draws = step(images, targets).draws
+    z = oracle(images)
+
+    def teacher(temperature):
+        return F.softmax(z.detach() / temperature, 1)
+
+    scale = 1 / 3 if options.get("reduction") == "mean" else 1.0
+    weights = options.get("subnet_weight", 1.0)
+    weights = weights if isinstance(weights, tuple) else (weights, weights)
+    loss = F.cross_entropy(z, targets)
+    for draw, weight in zip(draws, weights, strict=True):
+        set_eager_width(oracle, draw.width)
+        loss = loss + weight * subnet_loss(teacher, oracle(images), targets)
+    (scale * loss).backward()
+    for p, old, q in zip(model.parameters(), before, oracle.parameters(), strict=True):
+        assert (old - p - q.grad).norm() <= 1e-8 * q.grad.norm() + 1e-12
+
+
+def test_distinct_transforms():
+    model = gk.convert(nn.Linear(2, 2))
+    transforms = [lambda x: x, lambda x: -x, lambda x: 2 * x, lambda x: x + 1]
+    step = gk.GradAug(model, None, num_subnets=3, transforms=transforms, distinct_transforms=True)
+    draws = [[draw.transform for draw in step.draw()] for _ in range(50)]
+    assert all(len(set(drawn)) == 3 for drawn in draws)
+    assert all({drawn[i] for drawn in draws} == {0, 1, 2, 3} for i in range(3))
+
+
 def test_no_subnets_is_plain_training():
     """For a model without adjustable layers too."""
     model = small_resnet()
@@ -195,6 +244,11 @@ def test_kl_divergence_has_the_gradient_of_soft_cross_entropy():
         ({"min_width": 0.0}, r"width must be in \(0, 1\], got 0"),
         ({"resolutions": ()}, r"resolutions must be positive numbers of pixels, got \(\)"),
         ({"reduction": "average"}, "reduction must be 'sum' or 'mean', got 'average'"),
+        ({"subnet_loss": "l2"}, "subnet_loss must be callable or 'cross_entropy', got 'l2'"),
+        ({"temperature": 0}, "temperature must be positive, .* got 0"),
+        ({"temperature": 2, "subnet_loss": "cross_entropy"}, "and 1 for subnet_loss 'cross_entropy', got 2"),
+        ({"subnet_weight": (1, 2)}, r"subnet_weight must be one or 3 numbers of at least 0, got \(1, 2\)"),
+        ({"distinct_transforms": True, "transforms": (flip,)}, "transforms must be at least 3 to be distinct, got 1"),
     ],
 )
 def test_bad_settings(options, message):

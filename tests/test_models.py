@@ -18,6 +18,9 @@ def test_parameters_are_as_published():
     assert round(parameters("wide_resnet", 100, depth=28, widen_factor=10) / 1e6, 1) == 36.5
     assert round(parameters("wide_resnet", 10, depth=16, widen_factor=8) / 1e6, 1) == 11.0
     assert parameters("torchvision/resnet50", 1000) == 25_557_032
+    # Yun et al. 2019 (arXiv 1905.04899), table 5: 26.8 M; Han et al. 2017, table 4: 1.7 M, in whole tenths.
+    assert round(parameters("pyramidnet", 100) / 1e6, 1) == 26.8
+    assert 1.7 <= parameters("pyramidnet", 10, depth=110, alpha=48, bottleneck=False) / 1e6 < 1.8
 
 
 @pytest.mark.parametrize("size", [32, 28, 24, 33])
@@ -27,6 +30,8 @@ def test_parameters_are_as_published():
         ("cifar_resnet", {"depth": 8, "base_width": 4}),
         ("cifar_resnet", {"depth": 8, "base_width": 4, "stem_stride": 2}),
         ("wide_resnet", {"depth": 10, "widen_factor": 1, "dropout": 0.1}),
+        ("pyramidnet", {"depth": 20, "alpha": 12}),
+        ("pyramidnet", {"depth": 14, "alpha": 13, "bottleneck": False}),
     ],
 )
 def test_any_image_size_and_number_of_channels(name, options, size):
@@ -55,9 +60,21 @@ def test_every_chain_of_a_cifar_resnet_is_fused():
         assert chain == ("batch_norm + relu" if name.endswith("bn1") else "batch_norm + add + relu"), name
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet", "wide_resnet"])
-def test_converted_networks_train_at_any_width(name):
-    options = {"depth": 8, "base_width": 4} if name == "cifar_resnet" else {"depth": 10, "widen_factor": 2}
+def test_every_residual_add_of_a_pyramidnet_is_fused():
+    chains = fused_chains(gk.convert(build_model("pyramidnet", 10, depth=11, alpha=12)))
+    assert [chain for name, chain in chains.items() if name.endswith("bn4")] == ["batch_norm + add"] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("cifar_resnet", {"depth": 8, "base_width": 4}),
+        ("wide_resnet", {"depth": 10, "widen_factor": 2}),
+        ("pyramidnet", {"depth": 20, "alpha": 30}),
+        ("pyramidnet", {"depth": 8, "alpha": 30, "bottleneck": False}),
+    ],
+)
+def test_converted_networks_train_at_any_width(name, options):
     model = gk.convert(build_model(name, 10, 1, **options))
     for width in (0.25, 0.5, 0.93, 1.0):
         with gk.use_width(model, width):
@@ -86,6 +103,8 @@ def test_unknown_or_unfit_models(arguments, message):
         ("cifar_resnet", {"stem_stride": 0}, "stem_stride must be at least 1, got 0"),
         ("wide_resnet", {"depth": 20}, r"depth must be 6n \+ 4 .* got 20"),
         ("wide_resnet", {"widen_factor": 0}, "widen_factor must be at least 1, got 0"),
+        ("pyramidnet", {"depth": 111}, r"depth must be 9n \+ 2 .* got 111"),
+        ("pyramidnet", {"depth": 200, "bottleneck": False, "alpha": 0}, "alpha must be at least 1, got 0"),
         ("wide_resnet", {"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
     ],
 )

@@ -15,6 +15,7 @@ from gradaug_kernels import models
 from gradaug_kernels.data import fashion_mnist
 from gradaug_kernels.data._idx import idx_bytes
 from gradaug_kernels.train import load_config, preset_names, run
+from gradaug_kernels.train.build import build_network, build_optimizer, build_step
 from gradaug_kernels.train.cli import main
 from gradaug_kernels.train.config import parse_setting, to_toml
 from gradaug_kernels.train.folder import FILES, complete_file
@@ -320,9 +321,8 @@ def test_presets(name):
     config = load_config(name)
     assert config.preset == name
     with torch.device("meta"):
-        model = models.build_model(config.model.name, 10, 1 if name == "quickstart" else 3, **config.model.options)
-    gk.convert(model)
-    gk.GradAug(model, torch.optim.SGD(model.parameters(), config.optimizer.lr), min_width=config.gradaug.min_width)
+        model = build_network(config, 10, 1 if config.data.name == "fashion-mnist" else 3)
+    build_step(config, model, build_optimizer(config, model), fashion_mnist.fashion_mnist(source="embedded"))
 
 
 def test_published_settings():

@@ -14,7 +14,8 @@ from .image_tensors import mix_seed
 class ImageData:
     """train, test: data sets with `len`, items (image [C, H, W] float32, target int), `subset(indices)` and
     `loader(batch_size, *, train=False, augment=None, seed=0, device="cpu", workers=0)`, whose loaders have
-    `set_epoch(e)` and yield (images [B, C, H, W] float32, targets [B] int64) on the device.
+    `set_epoch(e)` and yield (images [B, C, H, W] float32, targets [B] int64) on the device; `targets` [N] int64;
+    `mean` and `std`, C floats each, by which pixel values in [0, 1] are normalised.
 
     origin: where the images come from, in words; channels: of an image; size: height and width in pixels.
     """
@@ -37,6 +38,28 @@ class ImageData:
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(mix_seed(seed)))
         held, kept = order[:count], order[count:]
         return dataclasses.replace(self, train=self.train.subset(kept), test=self.train.subset(held))
+
+    def part(self, fraction=1.0, per_class=0, seed=0):
+        """The data set with fewer training images: a part of each class, chosen by `seed`.
+
+        fraction: of each class's images, rounded, in (0, 1]; per_class: images of each class, in place of a fraction; 0
+        takes the fraction. A larger part contains the smaller ones of the same seed. Returns: ImageData.
+        Raises: ValueError where a class has fewer images than per_class, or would keep none.
+        """
+        if fraction == 1 and per_class == 0:
+            return self
+        generator = torch.Generator().manual_seed(mix_seed(seed))
+        targets, kept = self.train.targets, []
+        for label, name in enumerate(self.classes):
+            members = (targets == label).nonzero().flatten()
+            count = per_class or round(fraction * len(members))
+            if not 0 < count <= len(members):
+                expected = (
+                    f"at most {len(members)}, the images of class {name}" if per_class else "at least 1 per class"
+                )
+                raise ValueError(f"images of a class must be {expected}, got {count}")
+            kept.append(members[torch.randperm(len(members), generator=generator)[:count]])
+        return dataclasses.replace(self, train=self.train.subset(torch.cat(kept).sort().values))
 
 
 def cache_folder():

@@ -46,6 +46,12 @@ class FolderImages(Dataset):
     def __init__(self, folder, augmented, plain, indices=None, seed=0):
         self.folder, self.augmented, self.plain, self.seed = folder, augmented, plain, seed
         self.indices = torch.arange(len(folder)) if indices is None else indices
+        self.mean, self.std = MEAN, STD
+
+    @property
+    def targets(self):
+        """[N], int64."""
+        return torch.tensor(self.folder.targets)[self.indices]
 
     def __len__(self):
         return len(self.indices)

@@ -1,18 +1,30 @@
 """The command line: `gradaug train PRESET`, `gradaug info` and `gradaug tune`."""
 
 import argparse
+import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from .. import tune
+from .._options import nearest
+from .compare import compare, comparison_names, load_comparison
 from .config import load_config, parse_setting, preset_names
-from .folder import FILES
+from .folder import CHECKPOINT, FILES
 from .info import collect_info, format_info
+from .report import table
 
-SHORTCUTS = {"data": "data.root", "seed": "train.seed", "epochs": "train.epochs", "device": "train.device"}
+SHORTCUTS = {
+    "data": "data.root",
+    "fraction": "data.fraction",
+    "per_class": "data.per_class",
+    "seed": "train.seed",
+    "epochs": "train.epochs",
+    "device": "train.device",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,6 +69,8 @@ def _parser():
     train.add_argument("preset", metavar="PRESET", help=f"{', '.join(preset_names())}, or a TOML file")
     train.add_argument("--data", metavar="FOLDER", help="folder of the images (data.root)")
     train.add_argument("--out", metavar="FOLDER", help="output folder (default: runs/PRESET)")
+    train.add_argument("--fraction", type=float, help="part of each class to train on, in (0, 1] (data.fraction)")
+    train.add_argument("--per-class", type=int, help="images of each class to train on (data.per_class)")
     train.add_argument("--seed", type=int, help="seed of all draws (train.seed)")
     train.add_argument("--epochs", type=int, help="passes over the training images (train.epochs)")
     train.add_argument("--device", help='"auto", "cpu" or "cuda" (train.device)')
@@ -69,6 +83,56 @@ def _parser():
     train.set_defaults(run=_train)
 
     commands.add_parser("tune", help="measure on this GPU which kernel serves which shape, and keep the table")
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="measure a trained network: widths, corruptions, adversarial images, calibration",
+        description="Measure the network of a checkpoint, and write tables and figures.",
+    )
+    evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint.pt of a run, or the run's folder")
+    evaluate.add_argument("--out", metavar="FOLDER", help="output folder (default: evaluation beside the checkpoint)")
+    evaluate.add_argument(
+        "--parts", metavar="PART", nargs="+", default=[], help="some of: widths corruptions attacks calibration"
+    )
+    evaluate.add_argument(
+        "--images", type=int, default=0, help="so many test images, chosen by the seed (default: all)"
+    )
+    evaluate.add_argument("--constants", default="auto", help="of the corruptions: auto, imagenet or cifar")
+    evaluate.add_argument(
+        "--epsilons", type=float, nargs="+", default=[], help="of the attacks, of 255 (default: 1 2 4 8 16)"
+    )
+    evaluate.add_argument("--pgd-steps", type=int, default=10, help="steps of PGD, of epsilon / 4 each (default: 10)")
+    evaluate.add_argument("--widths", type=float, nargs="+", default=[], help="in place of the run's evaluate.widths")
+    evaluate.add_argument(
+        "--relative-to", metavar="FILE", default="", help="alexnet, or another network's evaluation.json"
+    )
+    evaluate.add_argument(
+        "--seed", type=int, default=0, help="of the choice of images, the corruptions and PGD's start"
+    )
+    evaluate.add_argument("--data", metavar="FOLDER", default="", help="folder of the images, in place of the run's")
+    evaluate.add_argument("--device", default="auto", help='"auto", "cpu" or "cuda"')
+    evaluate.add_argument("--workers", type=int, default=0, help="processes that read and corrupt images")
+    evaluate.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation")
+    evaluate.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
+    evaluate.set_defaults(run=_eval)
+
+    comparison = commands.add_parser(
+        "compare",
+        help="train several methods with several seeds, at equal epochs and at equal compute",
+        description="Train the methods of a comparison; write one table and one figure. Started again, it goes on.",
+    )
+    comparison.add_argument("comparison", metavar="COMPARISON", help=f"{', '.join(comparison_names())}, or a TOML file")
+    comparison.add_argument("--out", metavar="FOLDER", help="output folder (default: runs/compare-COMPARISON)")
+    comparison.add_argument("--seeds", type=int, nargs="+", default=[], help="in place of the comparison's")
+    comparison.add_argument("--methods", nargs="+", default=[], help="only these of the comparison's")
+    comparison.add_argument("--data", metavar="FOLDER", help="folder of the images (data.root)")
+    comparison.add_argument("--epochs", type=int, help="of all methods at equal epochs (train.epochs)")
+    comparison.add_argument("--device", help='"auto", "cpu" or "cuda" (train.device)')
+    comparison.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="any key, for all methods that do not set it"
+    )
+    comparison.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
+    comparison.set_defaults(run=_compare)
 
     info = commands.add_parser(
         "info",
@@ -97,6 +161,62 @@ def _train(command):
     except KeyboardInterrupt:
         print(f"gradaug: interrupted; --resume --out {out} goes on after the last complete epoch", file=sys.stderr)
         return 130
+    return 0
+
+
+def _compare(command):
+    comparison = load_comparison(command.comparison)
+    out = Path(command.out or f"runs/compare-{comparison.name}")
+    settings = comparison.settings | dict(map(parse_setting, command.set))
+    for name in ("data", "epochs", "device"):
+        if getattr(command, name) is not None:
+            settings[SHORTCUTS[name]] = getattr(command, name)
+    methods = comparison.methods
+    for name in command.methods:
+        if name not in methods:
+            raise ValueError(nearest("method", name, methods))
+    if command.methods:
+        methods = {name: methods[name] for name in command.methods}
+    seeds = tuple(command.seeds or comparison.seeds)
+    comparison = dataclasses.replace(comparison, settings=settings, methods=methods, seeds=seeds)
+    words = ["gradaug", "compare", command.comparison]
+    for name in ("seeds", "methods"):
+        words += [f"--{name}", *map(str, getattr(command, name))] if getattr(command, name) else []
+    words += [f"--epochs {command.epochs}"] if command.epochs else []
+    words += [f"--set {shlex.quote(setting)}" for setting in command.set]
+    try:
+        compare(comparison, out, " ".join(words))
+    except KeyboardInterrupt:
+        print("gradaug: interrupted; the same command goes on after the last complete epoch", file=sys.stderr)
+        return 130
+    print((out / "table.md").read_text())
+    return 0
+
+
+def _eval(command):
+    from ..evaluate import checkpoint as evaluation
+    from ..evaluate.measure import summary
+
+    path = Path(command.checkpoint)
+    path = path / CHECKPOINT if path.is_dir() else path
+    out = Path(command.out) if command.out else path.parent / "evaluation"
+    found = evaluation.evaluate_checkpoint(
+        path,
+        out,
+        parts=command.parts or evaluation.PARTS,
+        images=command.images,
+        constants=command.constants,
+        epsilons=command.epsilons or evaluation.EPSILONS,
+        pgd_steps=command.pgd_steps,
+        widths=command.widths,
+        relative_to=command.relative_to,
+        seed=command.seed,
+        data=command.data,
+        device=command.device,
+        workers=command.workers,
+        overwrite=command.overwrite,
+    )
+    print(table([("top-1", f"{found['top1']:.2f} %"), *summary(found), ("output", str(out))]))
     return 0
 
 

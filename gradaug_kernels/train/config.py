@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import data, models
 from .._options import keyword_options, nearest
+from . import transforms
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -21,6 +22,9 @@ class DataConfig:
     name: str = "fashion-mnist"
     root: str = ""  # folder of the images; empty: the data set's own places
     holdout: int = 0  # so many training images are evaluated in place of the test images
+    fraction: float = 1.0  # train on this part of the (remaining) training images, the same part of each class
+    per_class: int = 0  # train on so many images of each class; 0: on all
+    part_seed: int = 0  # chooses the images of `fraction` or `per_class`; not the run's seed, so that runs share them
     workers: int = 0  # processes that read image files
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -34,10 +38,34 @@ class ModelConfig:
 @dataclasses.dataclass(frozen=True)
 class GradAugConfig:
     num_subnets: int = 3  # the one of minimum width included; 0: plain training
-    min_width: float = 0.8
+    sampler: str = "width"  # "width": one for all layers; "layer_width": one per class of layers; "depth": blocks
+    min_width: float = 0.8  # of "width" and "layer_width"
+    widths: tuple[float, ...] = ()  # of "width": drawn from these and min_width; empty: uniformly
+    min_survival: float = 0.8  # of "depth": the probability that the last block is kept
+    private_statistics: bool = False  # batch norm's of min_width and `widths`, updated in training
     resolutions: tuple[int, ...] = ()  # pixels; empty: the images' own size
+    transforms: tuple[str, ...] = ()  # of the sub-networks' images: names in transforms.py
+    distinct_transforms: bool = False  # a different one for each sub-network of a step
+    subnet_loss: str = "kl"  # or "alpha_divergence", or "cross_entropy" with the targets
+    temperature: float = 1.0  # of the sub-networks' loss
+    subnet_weight: tuple[float, ...] = (1.0,)  # of the sub-networks' losses: one for all, or one each
     reduction: str = "sum"  # of the full network's and the sub-networks' losses: "sum" (published) or "mean"
     divisor: int = 1  # channel counts are multiples of it
+
+
+@dataclasses.dataclass(frozen=True)
+class RegularizeConfig:
+    label_smoothing: float = 0.0  # of the full network's targets
+    mixup: float = 0.0  # alpha of Mixup's Beta(alpha, alpha); 0: off
+    cutmix: float = 0.0  # alpha of CutMix's; 0: off
+    mix_probability: float = 1.0  # that a batch is mixed at all
+    random_erasing: float = 0.0  # probability, for each image
+    dropout: float = 0.0  # before the classifier
+    drop_block: float = 0.0  # at the ends of the branches of the last two stages
+    drop_block_size: int = 7  # pixels of the activation
+    stochastic_depth: float = 0.0  # probability that the last block's branch is left out, linear over the blocks
+    gradient_noise: float = 0.0  # variance at the first iteration, falling as (1 + t)^-0.55
+    average_decay: float = 0.0  # of an exponential moving average of the weights, which is evaluated; 0: off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +107,7 @@ class Config:
     data: DataConfig
     model: ModelConfig
     gradaug: GradAugConfig
+    regularize: RegularizeConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     train: TrainConfig
@@ -90,6 +119,7 @@ SECTIONS = {
     for field in dataclasses.fields(Config)
     if field.name != "preset"
 }
+SUBNET_LOSSES = ("kl", "alpha_divergence", "cross_entropy")
 BUILDERS = {"data": data.find, "model": models.find}  # the sections that take the options of what they name
 
 
@@ -249,12 +279,42 @@ def _check_ranges(config):
     )  # fmt: skip
     require(run.epochs >= 1, "train.epochs", "at least 1")
     require(config.data.holdout >= 0, "data.holdout", "at least 0")
+    require(0 < config.data.fraction <= 1, "data.fraction", "in (0, 1]")
+    require(config.data.per_class >= 0, "data.per_class", "at least 0")
+    require(config.data.fraction == 1 or config.data.per_class == 0, "data.per_class", "0 with a fraction")
+    require(config.data.part_seed >= 0, "data.part_seed", "at least 0")
     require(config.data.workers >= 0, "data.workers", "at least 0")
     require(gradaug.num_subnets >= 0, "gradaug.num_subnets", "at least 0")
+    require(
+        gradaug.sampler in ("width", "layer_width", "depth"), "gradaug.sampler", '"width", "layer_width" or "depth"'
+    )
     require(0 < gradaug.min_width <= 1, "gradaug.min_width", "in (0, 1]")
+    above_min = all(gradaug.min_width <= width <= 1 for width in gradaug.widths)
+    require(above_min, "gradaug.widths", f"widths in [{gradaug.min_width}, 1]")
+    require(not gradaug.widths or gradaug.sampler == "width", "gradaug.widths", 'empty but for the sampler "width"')
+    require(0 < gradaug.min_survival <= 1, "gradaug.min_survival", "in (0, 1]")
+    known = all(name in transforms.NAMES for name in gradaug.transforms)
+    require(known, "gradaug.transforms", f"of {', '.join(transforms.NAMES)}")
+    enough = not gradaug.distinct_transforms or len(gradaug.transforms) >= gradaug.num_subnets
+    require(enough, "gradaug.transforms", f"at least {gradaug.num_subnets} to be distinct")
+    require(gradaug.subnet_loss in SUBNET_LOSSES, "gradaug.subnet_loss", f"one of {', '.join(SUBNET_LOSSES)}")
+    softened = gradaug.temperature != 1
+    require(gradaug.temperature > 0, "gradaug.temperature", "positive")
+    require(not softened or gradaug.subnet_loss != "cross_entropy", "gradaug.temperature", "1 for cross_entropy")
+    weights = gradaug.subnet_weight
+    require(len(weights) in (1, gradaug.num_subnets), "gradaug.subnet_weight", f"one or {gradaug.num_subnets} numbers")
+    require(all(weight >= 0 for weight in weights), "gradaug.subnet_weight", "numbers of at least 0")
     require(all(size >= 1 for size in gradaug.resolutions), "gradaug.resolutions", "sizes of at least 1 pixel")
     require(gradaug.reduction in ("sum", "mean"), "gradaug.reduction", '"sum" or "mean"')
     require(gradaug.divisor >= 1, "gradaug.divisor", "at least 1")
+    regularize = config.regularize
+    for name in ("mixup", "cutmix", "gradient_noise"):
+        require(getattr(regularize, name) >= 0, f"regularize.{name}", "at least 0")
+    for name in ("mix_probability", "random_erasing"):
+        require(0 <= getattr(regularize, name) <= 1, f"regularize.{name}", "in [0, 1]")
+    for name in ("label_smoothing", "dropout", "drop_block", "stochastic_depth", "average_decay"):
+        require(0 <= getattr(regularize, name) < 1, f"regularize.{name}", "in [0, 1)")
+    require(regularize.drop_block_size >= 1, "regularize.drop_block_size", "at least 1")
     require(optimizer.lr >= 0, "optimizer.lr", "at least 0")
     require(0 <= optimizer.momentum < 1, "optimizer.momentum", "in [0, 1)")
     require(optimizer.weight_decay >= 0, "optimizer.weight_decay", "at least 0")

@@ -49,6 +49,8 @@ def open_folder(out: Path, config: Config, resume: bool, overwrite: bool) -> dic
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"output must be a folder, got the file {out}")
     if resume:
+        if not (out / CHECKPOINT).is_file():
+            raise FileNotFoundError(f"--resume must find a checkpoint, got none in {out}")
         checkpoint = read_checkpoint(out / CHECKPOINT)
         key = difference(config, from_tables(checkpoint["preset"], checkpoint["config"]), FREE_ON_RESUME)
         if key is not None:
@@ -81,7 +83,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises: FileNotFoundError when there is none; ValueError when it is damaged or of another kind.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"--resume must find a checkpoint, got none in {path.parent}")
+        raise FileNotFoundError(f"a checkpoint must be at {path}, got none")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError):

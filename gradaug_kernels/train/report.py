@@ -20,10 +20,12 @@ def write_metrics(path: Path, history: list[Row]) -> None:
         writer.writerows(history)
 
 
-def write_curves(path: Path, history: list[Row], widths: dict[str, float], evaluated_on: str, title: str) -> None:
+def write_curves(
+    path: Path, history: list[Row], widths: dict[str, float], evaluated_on: str, title: str, subnet_loss: str
+) -> None:
     """Draw losses and accuracies over the epochs, and accuracy over width when there is more than one width.
 
-    widths, evaluated_on: as in summary.json.
+    widths, evaluated_on: as in summary.json; subnet_loss: what the sub-networks' loss is called.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -47,10 +49,10 @@ def write_curves(path: Path, history: list[Row], widths: dict[str, float], evalu
     subnets = [column for column in history[0] if column.startswith("loss_subnet_")]
     for number, column in enumerate(subnets, 1):
         last = number == len(subnets)
-        label = "sub-network of minimum width" if last else "sub-networks of random width" if number == 1 else None
+        label = "smallest sub-network" if last else "other sub-networks" if number == 1 else None
         draw(loss, column, color="#2e8b57" if last else "#9fd19f", label=label)
     if subnets:
-        loss.set_ylabel("cross entropy (sub-networks: KL divergence)")
+        loss.set_ylabel(f"cross entropy (sub-networks: {subnet_loss})")
     draw(accuracy, "train_top1", color=orange, label="training images, augmented")
     draw(accuracy, "eval_top1", color=blue, label=f"{evaluated_on} images, {history[-1]['eval_top1']:.2f} % at the end")
     accuracy.set(title="Accuracy of the full network", xlabel="epoch", ylabel="top-1 accuracy (%)")
@@ -99,6 +101,11 @@ def closing_table(summary: dict[str, Any], out: Path) -> str:
         ("seconds", f"{summary['seconds']:.1f}"),
         ("output", str(out)),
     ]
+    return table(rows)
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """Rows (name, value) between rules."""
     width = max(len(name) for name, _ in rows)
     rule = "-" * (width + 2 + max(len(value) for _, value in rows))
     return "\n".join([rule, *(f"{name:<{width}}  {value}" for name, value in rows), rule])

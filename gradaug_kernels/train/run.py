@@ -16,12 +16,15 @@ from tqdm import tqdm
 
 import gradaug_kernels as gk
 
-from .. import data, models
 from ..data.image_tensors import mix_seed
+from .augment import BatchAugmentation
+from .average import WeightAverage, add_gradient_noise
+from .build import build_network, build_optimizer, build_step, load_images, private_widths
 from .config import Config, to_tables
 from .folder import CHECKPOINT, complete_file, open_folder, write_checkpoint
 from .report import closing_table, epoch_line, write_curves, write_metrics
 
+SUBNET_LOSS_TITLES = {"kl": "KL divergence", "alpha_divergence": "alpha-divergence", "cross_entropy": "cross entropy"}
 CHECK_EVERY = 20  # iterations between looks at the loss: each look waits for the device
 
 
@@ -37,45 +40,32 @@ def train(config: Config, out: str | Path, *, resume: bool = False, overwrite: b
     """
     start = time.perf_counter()
     out = Path(out)
-    device = _device(config.train.device)
+    device = find_device(config.train.device)
     seed, epochs = config.train.seed, config.train.epochs
 
     # Data
-    images = data.load(config.data.name, config.data.root or None, **config.data.options)
-    evaluated_on = "test"
-    if config.data.holdout:
-        images, evaluated_on = images.hold_out(config.data.holdout, seed), "held-out"
+    images, evaluated_on = load_images(config)
     at_loader = {"device": device, "workers": config.data.workers}
     train_loader = images.train.loader(config.train.batch_size, train=True, seed=seed, **at_loader)
     test_loader = images.test.loader(config.evaluate.batch_size, **at_loader)
 
     # Network
     torch.manual_seed(seed)
-    model = models.build_model(config.model.name, len(images.classes), images.channels, **config.model.options)
-    model = gk.convert(model, divisor=config.gradaug.divisor)
+    model = build_network(config, len(images.classes), images.channels)
     with gk.use_width(model, min(config.gradaug.min_width, *config.evaluate.widths)):
         pass  # a width that leaves a layer without channels is refused before anything is written
     model.to(device, memory_format=torch.channels_last if config.train.channels_last else torch.contiguous_format)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=config.optimizer.lr,
-        momentum=config.optimizer.momentum,
-        nesterov=config.optimizer.nesterov,
-        weight_decay=config.optimizer.weight_decay,
-    )
+    optimizer = build_optimizer(config, model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(config, len(train_loader)))
     autocast_dtype = torch.bfloat16 if config.train.precision == "bf16" else None
-    step = gk.GradAug(
-        model,
-        optimizer,
-        num_subnets=config.gradaug.num_subnets,
-        min_width=config.gradaug.min_width,
-        resolutions=config.gradaug.resolutions or None,
-        reduction=config.gradaug.reduction,
-        scheduler=scheduler,
-        seed=seed,
-        autocast_dtype=autocast_dtype,
-    )
+    step = build_step(config, model, optimizer, images, scheduler=scheduler, autocast_dtype=autocast_dtype)
+
+    regularize = config.regularize
+    augmentation = BatchAugmentation(regularize, len(images.classes))
+    if regularize.gradient_noise > 0:
+        add_gradient_noise(optimizer, regularize.gradient_noise, lambda: scheduler.last_epoch)
+    average = WeightAverage(model, regularize.average_decay) if regularize.average_decay > 0 else None
+    evaluated = model if average is None else average.model
 
     # Where an earlier run stopped
     history, seconds_before = [], 0.0
@@ -86,6 +76,9 @@ def train(config: Config, out: str | Path, *, resume: bool = False, overwrite: b
         scheduler.load_state_dict(checkpoint["scheduler"])
         step.load_state_dict(checkpoint["gradaug"])
         history, seconds_before = checkpoint["history"], checkpoint["seconds"]
+        if average is not None:
+            average.model.load_state_dict(checkpoint["average"])
+            average.updates = len(history) * len(train_loader)
 
     def save():
         write_checkpoint(
@@ -99,6 +92,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, overwrite: b
             gradaug=step.state_dict(),
             history=history,
             seconds=seconds_before + time.perf_counter() - start,
+            **({} if average is None else {"average": average.model.state_dict()}),
         )
 
     if checkpoint is None:
@@ -110,10 +104,10 @@ def train(config: Config, out: str | Path, *, resume: bool = False, overwrite: b
     with _sigterm_interrupts():
         for epoch in range(len(history), epochs):
             try:
-                row = _train_epoch(step, model, train_loader, epoch, epochs, config, device)
+                row = _train_epoch(step, model, average, augmentation, train_loader, epoch, epochs, config, device)
             except FloatingPointError as error:
                 raise FloatingPointError(f"{error}; {out / CHECKPOINT} keeps the state after epoch {epoch}") from None
-            loss, top1, top5 = evaluate(model, test_loader, autocast_dtype)
+            loss, top1, top5 = evaluate(evaluated, test_loader, autocast_dtype)
             history.append(row | {"eval_loss": loss, "eval_top1": top1, "eval_top5": top5})
             save()
             write_metrics(out / "metrics.csv", history)
@@ -122,7 +116,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, overwrite: b
 
         # Report
         last = history[-1]
-        widths = _evaluate_widths(model, images, test_loader, config, at_loader, last["eval_top1"], autocast_dtype)
+        widths = _evaluate_widths(evaluated, images, test_loader, config, at_loader, last["eval_top1"], autocast_dtype)
         save()  # with the widths' statistics
     summary = {
         "preset": config.preset,
@@ -146,26 +140,30 @@ def train(config: Config, out: str | Path, *, resume: bool = False, overwrite: b
     }
     write_metrics(out / "metrics.csv", history)
     title = f"{config.preset}: {config.model.name}, {summary['parameters']:,} parameters, seed {seed}"
-    write_curves(out / "curves.png", history, widths, evaluated_on, title)
+    write_curves(
+        out / "curves.png", history, widths, evaluated_on, title, SUBNET_LOSS_TITLES[config.gradaug.subnet_loss]
+    )
     with complete_file(out / "summary.json") as path:
         path.write_text(json.dumps(summary, indent=2) + "\n")
     print(closing_table(summary, out))
     return summary
 
 
-def _train_epoch(step, model, loader, epoch, epochs, config, device):
+def _train_epoch(step, model, average, augmentation, loader, epoch, epochs, config, device):
     """One epoch. Returns: its row of metrics.csv, without the evaluation."""
     started = time.perf_counter()
     model.train()
     loader.set_epoch(epoch)
-    torch.manual_seed(mix_seed(config.train.seed, epoch))  # dropout, so that a resumed epoch repeats it
+    torch.manual_seed(mix_seed(config.train.seed, epoch))  # dropout and the like, so that a resumed epoch repeats them
     names = ["loss_full", *(f"loss_subnet_{number + 1}" for number in range(config.gradaug.num_subnets))]
     totals = torch.zeros(len(names), device=device)
     correct = torch.zeros((), device=device)
     lr = step.optimizer.param_groups[0]["lr"]
     bar = tqdm(loader, desc=f"epoch {epoch + 1}/{epochs}", unit="batch", leave=False, dynamic_ncols=True, disable=None)
     for iteration, (images, targets) in enumerate(bar, 1):
-        losses = step(images, targets)
+        losses = step(*augmentation(images, targets))
+        if average is not None:
+            average.update(model)
         totals += torch.stack([losses.full, *losses.subnets]).detach()
         correct += (losses.logits.argmax(1) == targets).sum()
         if iteration % CHECK_EVERY == 0 or iteration == len(loader):
@@ -206,15 +204,16 @@ def evaluate(model, loader, autocast_dtype=None) -> tuple[float, float, float]:
 def _evaluate_widths(model, images, test_loader, config, at_loader, full_top1, autocast_dtype):
     """{"0.8": top-1 in percent, ...} of the configured widths, with statistics of unaugmented training images.
 
-    The full network keeps the statistics of its training, so its accuracy is known already.
+    The full network, and widths with private statistics, keep those of their training.
     """
     narrow = sorted(width for width in set(config.evaluate.widths) if width != 1)
+    without = [width for width in narrow if width not in private_widths(config)]
     widths = {}
-    if narrow:
+    if without:
         loader = images.train.loader(
             config.train.batch_size, train=True, augment=False, seed=config.train.seed, **at_loader
         )
-        gk.calibrate(model, narrow, loader, config.evaluate.calibration_batches or None)
+        gk.calibrate(model, without, loader, config.evaluate.calibration_batches or None)
     for width in narrow:
         with gk.use_width(model, width):
             widths[str(width)] = evaluate(model, test_loader, autocast_dtype)[1]
@@ -237,7 +236,8 @@ def _schedule(config, iterations_per_epoch):
     return factor
 
 
-def _device(name):
+def find_device(name: str) -> torch.device:
+    """The device of train.device. Raises: ValueError for one that is unknown or not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

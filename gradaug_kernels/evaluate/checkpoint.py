@@ -1,0 +1,160 @@
+"""`gradaug eval CHECKPOINT`: measures the network of a training run and writes tables and figures."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gradaug_kernels as gk
+
+from ..data.image_tensors import mix_seed
+from ..train.build import build_network, load_images
+from ..train.config import Config, from_tables
+from ..train.folder import complete_file, read_checkpoint
+from ..train.run import find_device
+from . import measure, report
+from .corruptions import CONSTANTS
+
+PARTS = ("widths", "corruptions", "attacks", "calibration")
+EPSILONS = (1, 2, 4, 8, 16)  # of 255
+FILES = ("evaluation.json", *(f"{part}.{kind}" for part in PARTS for kind in ("csv", "png")))
+
+
+def load_checkpoint(path: Path, settings: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+    """The configuration, with `settings` {"section.key": value} in place of its own, and the content."""
+    checkpoint = read_checkpoint(path)
+    tables = {section: dict(table) for section, table in checkpoint["config"].items()}
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        tables[section][name] = value
+    return from_tables(checkpoint["preset"], tables), checkpoint
+
+
+def evaluate_checkpoint(
+    path: str | Path,
+    out: str | Path,
+    *,
+    parts: Sequence[str] = PARTS,
+    images: int = 0,
+    constants: str = "auto",
+    epsilons: Sequence[float] = EPSILONS,
+    pgd_steps: int = 10,
+    widths: Sequence[float] = (),
+    relative_to: str = "",
+    seed: int = 0,
+    data: str = "",
+    device: str = "auto",
+    workers: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Measure the network of a checkpoint on its data set's test images (or held-out ones, as its run was).
+
+    The averaged weights are taken where the run kept some. parts: of PARTS. images: so many of them, chosen by `seed`;
+    0 takes all. constants: of the corruptions, "imagenet", "cifar", or "auto": those meant for the images' size.
+    epsilons: of 255. widths: in place of the run's own [evaluate] widths. relative_to: "alexnet", or an evaluation.json
+    whose corruption errors these are divided by. data, device: in place of the run's.
+
+    Returns: what evaluation.json holds. `out` gets a CSV file and a figure for each part besides.
+    Raises: FileExistsError when `out` holds an evaluation and `overwrite` is not set; ValueError for settings outside
+    their range.
+    """
+    out = Path(out)
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown or not parts:
+        raise ValueError(f"parts must be of {', '.join(PARTS)}, got {', '.join(unknown) or 'none'}")
+    if constants not in ("auto", *CONSTANTS):
+        raise ValueError(f"constants must be one of auto, {', '.join(CONSTANTS)}, got {constants}")
+    if images < 0 or pgd_steps < 1 or any(epsilon <= 0 for epsilon in epsilons):
+        raise ValueError(
+            f"images must be at least 0, PGD steps at least 1 and epsilons positive, "
+            f"got {images}, {pgd_steps} and {list(epsilons)}"
+        )
+    if (out / "evaluation.json").exists() and not overwrite:
+        raise FileExistsError(f"output folder must hold no evaluation, got {out}; --overwrite replaces it")
+    reference = _reference(relative_to)
+
+    settings = {"train.device": device, "data.workers": workers}
+    settings |= {"data.root": data} if data else {}
+    settings |= {"evaluate.widths": list(widths)} if widths else {}
+    config, checkpoint = load_checkpoint(Path(path), settings)
+    target = find_device(config.train.device)
+    dataset, evaluated_on = load_images(config)
+    test = dataset.test
+    if images:
+        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(mix_seed(seed)))
+        test = test.subset(order[:images].sort().values)
+    model = build_network(config, len(dataset.classes), dataset.channels)
+    model.load_state_dict(checkpoint.get("average", checkpoint["model"]))
+    model.to(target, memory_format=torch.channels_last)
+    loader = test.loader(config.evaluate.batch_size, device=target, workers=workers)
+
+    def calibrate(missing):
+        training = dataset.train.loader(
+            config.train.batch_size, train=True, augment=False, seed=config.train.seed, device=target, workers=workers
+        )
+        gk.calibrate(model, missing, training, config.evaluate.calibration_batches or None)
+
+    gk.set_width(model, 1.0)
+    clean = measure.top1(model, loader)
+    found: dict[str, Any] = {
+        "checkpoint": str(path),
+        "preset": config.preset,
+        "epoch": checkpoint["epoch"],
+        "evaluated_on": evaluated_on,
+        "images": len(test),
+        "seed": seed,
+        "top1": clean,
+    }
+    title = f"{config.preset}: {config.model.name}, {len(test):,} {evaluated_on} images"
+    out.mkdir(parents=True, exist_ok=True)
+    if "widths" in parts:
+        found["widths"] = measure.accuracy_by_width(model, config.evaluate.widths, loader, calibrate)
+        report.write_widths(out, found["widths"], title)
+    if "calibration" in parts:
+        error, bins = measure.calibration(model, loader)
+        found["calibration"] = {"error": error, "bins": [row._asdict() for row in bins]}
+        report.write_calibration(out, error, bins, title)
+    if "attacks" in parts:
+        found["attacks"] = measure.attack_accuracy(
+            model, loader, test.mean, test.std, [epsilon / 255 for epsilon in epsilons], pgd_steps, seed
+        )
+        report.write_attacks(out, found["attacks"], clean, title)
+    if "corruptions" in parts:
+        chosen = constants if constants != "auto" else "cifar" if dataset.size < 64 else "imagenet"
+        errors = measure.corruption_errors(
+            model,
+            test,
+            constants=chosen,
+            batch_size=config.evaluate.batch_size,
+            seed=seed,
+            workers=workers,
+            progress=lambda name: print(f"  {name}", flush=True),
+        )
+        found["corruptions"] = {
+            "constants": chosen,
+            "errors": errors,
+            "mean_corruption_error": measure.mean_corruption_error(errors),
+            "relative_to": relative_to or None,
+            "relative_mean_corruption_error": reference and measure.mean_corruption_error(errors, reference),
+        }
+        report.write_corruptions(out, found["corruptions"], 100 - clean, title)
+    with complete_file(out / "evaluation.json") as temporary:
+        temporary.write_text(json.dumps(found, indent=2) + "\n")
+    return found
+
+
+def _reference(relative_to):
+    """{corruption: mean error} of the network to compare with; None for none."""
+    if not relative_to:
+        return None
+    if relative_to == "alexnet":
+        return measure.ALEXNET_ERRORS
+    try:
+        errors = json.loads(Path(relative_to).read_text())["corruptions"]["errors"]
+    except (json.JSONDecodeError, KeyError):
+        raise ValueError(
+            f"--relative-to must be alexnet or an evaluation.json with corruptions, got {relative_to}"
+        ) from None
+    return {name: sum(values) / len(values) for name, values in errors.items()}

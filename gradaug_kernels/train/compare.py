@@ -1,0 +1,212 @@
+"""`gradaug compare`: several methods, several seeds, at equal epochs and at equal compute; one table and one figure.
+
+A comparison is a TOML file:
+
+    [compare]
+    preset = "quickstart"      # what all methods start from
+    seeds = [0, 1, 2]
+    [settings]                 # what all methods change in it
+    train.epochs = 60
+    [methods.plain]            # what one method changes
+    gradaug.num_subnets = 0
+    [methods.gradaug]
+
+At equal epochs each method trains for the preset's epochs. At equal compute it trains for as many as take the
+multiply-adds of the costliest method at equal epochs, which are counted, not timed.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gradaug_kernels as gk
+
+from .._options import nearest
+from .build import load_images
+from .compare_report import BUDGETS, summarise, write_figure, write_markdown, write_rows
+from .config import Config, difference, load_config
+from .cost import step_cost
+from .folder import CHECKPOINT, FREE_ON_RESUME
+from .run import train
+
+COMPARISONS = Path(__file__).parent / "comparisons"
+FILES = ("runs.csv", "table.csv", "table.md", "figure.png", "log.txt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """name: of the file; methods: {name: {"section.key": value}}, of which `settings` are the common ones."""
+
+    name: str
+    preset: str
+    seeds: tuple[int, ...]
+    settings: dict[str, Any]
+    methods: dict[str, dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One training run, and the budgets that it is part of."""
+
+    method: str
+    epochs: int
+    seed: int
+    budgets: tuple[str, ...]
+    cost: float  # of a step, in plain steps of the same network
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.method, f"{self.epochs}-epochs", f"seed-{self.seed}")
+
+
+def comparison_names() -> list[str]:
+    """The names of the comparisons in this package."""
+    return sorted(path.stem for path in COMPARISONS.glob("*.toml"))
+
+
+def load_comparison(name: str) -> Comparison:
+    """The comparison of that name, or of a TOML file.
+
+    Raises: ValueError for an unknown name or key, or a file without methods; FileNotFoundError for a missing file.
+    """
+    path = Path(name) if name.endswith(".toml") else COMPARISONS / f"{name}.toml"
+    if not name.endswith(".toml") and name not in comparison_names():
+        raise ValueError(nearest("comparison", name, comparison_names()))
+    if not path.is_file():
+        raise FileNotFoundError(f"comparison must be a name or an existing TOML file, got {name}")
+    try:
+        tables = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} must be a TOML file, got: {error}") from None
+    for key in tables:
+        if key not in ("compare", "settings", "methods"):
+            raise ValueError(nearest("section", key, ("compare", "settings", "methods")))
+    head = tables.get("compare", {})
+    for key in head:
+        if key not in ("preset", "seeds"):
+            raise ValueError(nearest("key", f"compare.{key}", ("compare.preset", "compare.seeds")))
+    if not tables.get("methods"):
+        raise ValueError(f"{path} must have sections [methods.NAME], got none")
+    return Comparison(
+        name=path.stem,
+        preset=head.get("preset", "quickstart"),
+        seeds=tuple(head.get("seeds", (0, 1, 2))),
+        settings=_flat(tables.get("settings", {})),
+        methods={method: _flat(table) for method, table in tables["methods"].items()},
+    )
+
+
+def compare(comparison: Comparison, out: str | Path, command: str) -> list[dict[str, Any]]:
+    """Train what is missing in `out`, and write runs.csv, table.csv, table.md and figure.png there.
+
+    A finished run is not repeated and a stopped one goes on after its last complete epoch, so that a comparison may be
+    interrupted and started again. command: what the table says that it was made by.
+
+    Returns: the rows of runs.csv. Raises: ValueError where `out` holds a run of other settings.
+    """
+    out = Path(out)
+    plans = plan(comparison)
+    rows = []
+    for number, planned in enumerate(plans, 1):
+        folder = out / "runs" / planned.folder
+        label = f"[{number}/{len(plans)}] {planned.method}, {planned.epochs} epochs, seed {planned.seed}"
+        summary = _finished(folder, planned.config)
+        if summary is None:
+            print(f"{label} ...", flush=True)
+            resume = (folder / CHECKPOINT).is_file()
+            out.mkdir(parents=True, exist_ok=True)
+            with open(out / "log.txt", "a") as log, contextlib.redirect_stdout(log):
+                summary = train(planned.config, folder, resume=resume, overwrite=not resume)
+        with open(folder / "metrics.csv", newline="") as file:
+            seconds = sum(float(row["seconds"]) for row in csv.DictReader(file))
+        print(f"{label}: {summary['top1']:.2f} %, {seconds:.0f} s", flush=True)
+        rows += [
+            {
+                "method": planned.method,
+                "budget": budget,
+                "epochs": planned.epochs,
+                "seed": planned.seed,
+                "step_cost": round(planned.cost, 4),
+                "top1": summary["top1"],
+                "top5": summary["top5"],
+                "seconds": seconds,
+            }
+            for budget in planned.budgets
+        ]
+        write_rows(out / "runs.csv", rows)
+    rows.sort(key=lambda row: BUDGETS.index(row["budget"]))
+    table = summarise(rows)
+    write_rows(out / "runs.csv", rows)
+    write_rows(out / "table.csv", table)
+    setting = _setting(plans[0].config, summary)
+    write_markdown(out / "table.md", table, comparison.name, command, setting)
+    write_figure(out / "figure.png", rows, f"{comparison.name}: {setting}")
+    return rows
+
+
+def plan(comparison: Comparison) -> list[Plan]:
+    """The runs of a comparison, the same for the same file: by seed, then method, then budget."""
+    configs = {
+        method: load_config(comparison.preset, comparison.settings | settings)
+        for method, settings in comparison.methods.items()
+    }
+    costs, relative = {}, {}
+    for method, config in configs.items():
+        images, _ = load_images(config)
+        full, costs[method] = step_cost(config, images)
+        per_epoch = len(images.train) // config.train.batch_size * config.train.batch_size
+        relative[method] = costs[method] / full
+        costs[method] *= per_epoch
+    budget = max(costs[method] * config.train.epochs for method, config in configs.items())
+    plans = []
+    for seed in comparison.seeds:
+        for method, config in configs.items():
+            equal_compute = max(1, round(budget / costs[method]))
+            by_epochs = {}
+            for name, epochs in zip(BUDGETS, (config.train.epochs, equal_compute), strict=True):
+                by_epochs.setdefault(epochs, []).append(name)
+            for epochs, budgets in by_epochs.items():
+                longer = _with_epochs(comparison, method, config, epochs, seed)
+                plans.append(Plan(method, epochs, seed, tuple(budgets), relative[method], longer))
+    return plans
+
+
+def _with_epochs(comparison, method, config, epochs, seed):
+    """The configuration for another number of epochs, its schedule stretched with it."""
+    stretched = [round(milestone * epochs / config.train.epochs) for milestone in config.schedule.milestones]
+    changed = {"train.epochs": epochs, "train.seed": seed, "schedule.milestones": stretched}
+    return load_config(comparison.preset, comparison.settings | comparison.methods[method] | changed)
+
+
+def _finished(folder, config):
+    """summary.json of a finished run of this configuration; None where there is none yet."""
+    if not (folder / "config.toml").is_file():
+        return None
+    key = difference(config, load_config(str(folder / "config.toml")), FREE_ON_RESUME)
+    if key is not None:
+        raise ValueError(f"{folder} must be a run of this comparison, got one of another {key}; take another --out")
+    path = folder / "summary.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _setting(config, summary):
+    return (
+        f"{config.model.name} on {config.data.name} ({summary['data']}), batches of {config.train.batch_size}; "
+        f"{summary['device']}, {summary['threads']} threads; "
+        f"torch {torch.__version__}, gradaug_kernels {gk.__version__}"
+    )
+
+
+def _flat(table, prefix=""):
+    """{"section.key": value} of nested tables."""
+    flat = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,107 @@
+"""What a comparison leaves for people: the table as CSV and Markdown, and the figure."""
+
+import csv
+import statistics
+from pathlib import Path
+from typing import Any
+
+from .folder import complete_file
+
+BUDGETS = ("epochs", "compute")  # what is equal for all methods
+Rows = list[dict[str, Any]]
+
+
+def summarise(rows: Rows) -> Rows:
+    """One row per budget and method, in the order of `rows`: mean and standard deviation over the seeds.
+
+    The deviation is that of a sample (n - 1); 0 for one seed. rows: as in runs.csv.
+    """
+    groups: dict[tuple[str, str], Rows] = {}
+    for row in rows:
+        groups.setdefault((row["budget"], row["method"]), []).append(row)
+
+    def deviation(values):
+        return statistics.stdev(values) if len(values) > 1 else 0.0
+
+    table = []
+    for (budget, method), group in groups.items():
+        top1, top5, seconds = ([row[key] for row in group] for key in ("top1", "top5", "seconds"))
+        table.append(
+            {
+                "budget": budget,
+                "method": method,
+                "step_cost": group[0]["step_cost"],
+                "epochs": group[0]["epochs"],
+                "seeds": len(group),
+                "top1_mean": round(statistics.mean(top1), 3),
+                "top1_std": round(deviation(top1), 3),
+                "top5_mean": round(statistics.mean(top5), 3),
+                "seconds_mean": round(statistics.mean(seconds), 1),
+            }
+        )
+    return table
+
+
+def write_rows(path: Path, rows: Rows) -> None:
+    """A CSV file of rows with the same keys."""
+    with complete_file(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_markdown(path: Path, table: Rows, name: str, command: str, setting: str) -> None:
+    """The table for people, under the command that makes it."""
+    lines = [f"## {name}", "", f"    {command}", "", f"{setting}.", ""]
+    for budget in BUDGETS:
+        rows = [row for row in table if row["budget"] == budget]
+        if not rows:
+            continue
+        lines += [
+            f"At equal {budget}:",
+            "",
+            "| method | multiply-adds of a step (plain: 1) | epochs | seeds | top-1 (%), mean ± std | seconds |",
+            "|---|---|---|---|---|---|",
+            *(
+                f"| {row['method']} | {row['step_cost']:.2f} | {row['epochs']} | {row['seeds']} "
+                f"| {row['top1_mean']:.2f} ± {row['top1_std']:.2f} | {row['seconds_mean']:.0f} |"
+                for row in rows
+            ),
+            "",
+        ]
+    with complete_file(path) as temporary:
+        temporary.write_text("\n".join(lines))
+
+
+def write_figure(path: Path, rows: Rows, title: str) -> None:
+    """Each run as a point, mean and standard deviation as a bar, and the seconds of training; a panel per budget."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    table = summarise(rows)
+    budgets = [budget for budget in BUDGETS if any(row["budget"] == budget for row in table)]
+    methods = list(dict.fromkeys(row["method"] for row in table))
+    size = (5.2 * len(budgets), 1.6 + 0.42 * len(methods))
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(budgets), sharex=True, sharey=True, squeeze=False)[0]
+    places = {method: len(methods) - 1 - index for index, method in enumerate(methods)}
+    for axis, budget in zip(axes, budgets, strict=True):
+        for row in (row for row in table if row["budget"] == budget):
+            place = places[row["method"]]
+            axis.errorbar(
+                row["top1_mean"], place, xerr=row["top1_std"], fmt="o", color="#1f5fa8", capsize=3, markersize=5
+            )
+            text = f"{row['epochs']} epochs, {row['seconds_mean']:.0f} s"
+            axis.annotate(text, (row["top1_mean"], place), (0, 7), textcoords="offset points", ha="center", fontsize=7)
+        runs = [(row["top1"], places[row["method"]]) for row in rows if row["budget"] == budget]
+        axis.plot(*zip(*runs, strict=True), "|", color="#d9822b", markersize=9)
+        axis.set_title(f"equal {budget}", fontsize=10)
+        axis.set_xlabel("top-1 accuracy (%)")
+        axis.set_yticks(list(places.values()), list(places))
+        axis.set_ylim(-0.6, len(methods) - 0.2)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=8, wrap=True)
+    with complete_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
