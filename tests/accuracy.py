@@ -7,9 +7,10 @@ from torch import Tensor
 def assert_as_accurate(ours: Tensor, torchs: Tensor, exact: Tensor, gradient: bool = False) -> None:
     """`ours` and `torchs`, results of one computation, against `exact` (float64): at most twice PyTorch's error.
 
-    The root-mean-square and the largest error are compared, with half a unit in the last place of the largest value
-    to spare (an exact PyTorch result may be luck). A gradient must also point as well in the right direction and
-    be no more biased towards or away from zero, which hides under any elementwise tolerance.
+    The root-mean-square and the largest error are compared, with an eighth of a unit in the last place to spare for the
+    first and one unit for the second (an exact PyTorch result may be luck, and so may the largest of a few). A gradient
+    must also point as well in the right direction and be no more biased towards or away from zero, which hides under
+    any elementwise tolerance.
     """
     assert ours.shape == exact.shape
     assert exact.dtype == torch.float64
@@ -17,15 +18,18 @@ def assert_as_accurate(ours: Tensor, torchs: Tensor, exact: Tensor, gradient: bo
         return
     eps = torch.finfo(torchs.dtype).eps
     ours, torchs = ours.double(), torchs.double()
-    spare = eps / 2 * exact.abs().max()
-    for name, measure in (("rms", lambda e: e.square().mean().sqrt()), ("largest", lambda e: e.abs().max())):
-        got, allowed = measure(ours - exact), 2 * measure(torchs - exact) + spare
+    for name, measure, spare in (
+        ("rms", lambda e: e.square().mean().sqrt(), eps / 8),
+        ("largest", lambda e: e.abs().max(), eps),
+    ):
+        got, allowed = measure(ours - exact), 2 * measure(torchs - exact) + spare * measure(exact)
         assert got <= allowed, f"{name} error must be at most {allowed:.3e}, got {got:.3e}"
     if gradient:
         got, allowed = _lost_cosine(ours, exact), 2 * _lost_cosine(torchs, exact) + eps**2
         assert got <= allowed, f"1 - cosine must be at most {allowed:.3e}, got {got:.3e}"
-        # The rounding errors of n values drift by about 1 / sqrt(n) of a unit without any bias.
-        got, allowed = _bias(ours, exact), 2 * _bias(torchs, exact) + eps * (exact.numel() ** -0.5 + 0.02)
+        # n errors without any bias have a mean of about their size divided by the square root of n.
+        noise = 3 * (ours - exact).norm() / exact.abs().sum().clamp_min(1e-300)
+        got, allowed = _bias(ours, exact), 2 * _bias(torchs, exact) + noise + eps / 50
         assert got <= allowed, f"relative bias must be at most {allowed:.3e}, got {got:.3e}"
 
 

@@ -1,13 +1,21 @@
 // Convolution with the first channels of a full-width weight: forward, input gradient, weight gradient.
 // Formulas, shapes and the memory format of each result: gradaug_kernels/ops/slim_conv2d.py.
+//
+// NHWC images run on the kernels of kernels.h. Everything else is PyTorch's own convolution of the slice:
+// float64, NCHW results, groups, and the processors and dtypes for which select_kernels has nothing better.
 #include <ATen/ATen.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <array>
+#include <optional>
+
+#include "conv.h"
 
 namespace {
 
+using namespace gradaug;
+using namespace gradaug::cpu;
 using at::IntArrayRef;
 using at::Tensor;
 
@@ -16,11 +24,6 @@ struct NoAutocast {
   c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
 };
 
-// [O, I / G, KH, KW] -> [out, in / groups, KH, KW], a view
-Tensor slice(const Tensor& weight, int64_t out_channels, int64_t in_channels, int64_t groups) {
-  return weight.narrow(0, 0, out_channels).narrow(1, 0, in_channels / groups);
-}
-
 // NHWC if one of the two is, as torch's convolutions choose.
 at::MemoryFormat memory_format(const Tensor& a, const Tensor& b) {
   const bool nhwc = a.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
@@ -28,41 +31,145 @@ at::MemoryFormat memory_format(const Tensor& a, const Tensor& b) {
   return nhwc ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
-// dx, dw [out, in / groups, KH, KW]; an undefined tensor where the mask is false.
-std::tuple<Tensor, Tensor> gradients(const Tensor& dy, const Tensor& x, const Tensor& w, IntArrayRef stride,
-                                     IntArrayRef padding, IntArrayRef dilation, int64_t groups,
-                                     std::array<bool, 2> mask) {
-  auto [dx, dw, db] = at::convolution_backward(dy, x, w, std::nullopt, stride, padding, dilation, /*transposed=*/false,
-                                               /*output_padding=*/{0, 0}, groups, {mask[0], mask[1], false});
+std::optional<Dtype> dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return Dtype::f32;
+    case at::kBFloat16:
+      return Dtype::bf16;
+    case at::kHalf:
+      return Dtype::f16;
+    default:
+      return std::nullopt;
+  }
+}
+
+// t: [N, C, H, W]
+bool channels_adjacent(const Tensor& t) { return t.size(1) == 1 || t.stride(1) == 1; }
+
+// t, or a copy of it whose channels are adjacent.
+Tensor nhwc(const Tensor& t) { return channels_adjacent(t) ? t : t.contiguous(at::MemoryFormat::ChannelsLast); }
+
+Image image(const Tensor& t) { return {t.const_data_ptr(), *dtype_of(t), t.stride(0), t.stride(2), t.stride(3)}; }
+
+struct Geometry {
+  IntArrayRef stride, padding, dilation;
+  int64_t groups;
+
+  // x: [N, C, H, W], y: [N, out, OH, OW], weight: [O, I / G, KH, KW]
+  ConvAxis axis(int i, IntArrayRef x, IntArrayRef y, IntArrayRef weight) const {
+    return {x[2 + i], y[2 + i], weight[2 + i], stride[i], padding[i], dilation[i]};
+  }
+};
+
+// The kernels for images of the dtype of x, if the result, which has the given format, is NHWC.
+const Kernels* kernels_for(const Tensor& x, const Tensor& result, const Geometry& geometry) {
+  const auto dtype = dtype_of(x);
+  if (!dtype || !channels_adjacent(result) || geometry.groups != 1) return nullptr;
+  return select_kernels(*dtype);
+}
+
+// ---- PyTorch's own convolutions, on views
+
+// [O, I / G, KH, KW] -> [out, in / groups, KH, KW]
+Tensor slice(const Tensor& weight, int64_t out_channels, int64_t in_channels, int64_t groups) {
+  return weight.narrow(0, 0, out_channels).narrow(1, 0, in_channels / groups);
+}
+
+// dx, dw [out, in / groups, KH, KW]; undefined where the mask is false.
+std::tuple<Tensor, Tensor> torch_gradients(const Tensor& dy, const Tensor& x, const Tensor& w, const Geometry& g,
+                                           std::array<bool, 2> mask) {
+  auto [dx, dw, db] =
+      at::convolution_backward(dy, x, w, std::nullopt, g.stride, g.padding, g.dilation,
+                               /*transposed=*/false, /*output_padding=*/{0, 0}, g.groups, {mask[0], mask[1], false});
   return {dx, dw};
 }
+
+// ---- the operators
 
 Tensor slim_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_channels,
                    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
   NoAutocast guard;
-  const Tensor w = slice(weight, out_channels, x.size(1), groups);
+  const Geometry geometry{stride, padding, dilation, groups};
+  const auto format = memory_format(x, weight);
   const auto b = bias ? std::optional<Tensor>(bias->narrow(0, 0, out_channels)) : std::nullopt;
-  return at::conv2d(x, w, b, stride, padding, dilation, groups).contiguous(memory_format(x, weight));
+  std::vector<int64_t> size{x.size(0), out_channels};
+  for (int i = 0; i < 2; i++) {
+    const int64_t window = dilation[i] * (weight.size(2 + i) - 1) + 1;
+    size.push_back((x.size(2 + i) + 2 * padding[i] - window) / stride[i] + 1);
+  }
+  Tensor y = at::empty(size, x.options().memory_format(format));  // [N, out, OH, OW]
+  if (y.numel() == 0) return y;
+  const Kernels* kernels = kernels_for(x, y, geometry);
+  if (!kernels) {
+    const Tensor w = slice(weight, out_channels, x.size(1), groups);
+    return at::conv2d(x, w, b, stride, padding, dilation, groups).contiguous(format);
+  }
+  const Tensor input = nhwc(x);
+  const Tensor float_bias = b ? b->to(at::kFloat).contiguous() : Tensor();
+  const Weight view{weight.const_data_ptr(), *dtype_of(weight), weight.stride(2),
+                    weight.stride(3),        weight.stride(1),  weight.stride(0)};
+  gather_conv(*kernels, x.size(0), forward_gather(geometry.axis(0, x.sizes(), size, weight.sizes())),
+              forward_gather(geometry.axis(1, x.sizes(), size, weight.sizes())), image(input), x.size(1), view,
+              b ? float_bias.const_data_ptr<float>() : nullptr, image(y), out_channels);
+  return y;
 }
 
 Tensor slim_conv2d_input_grad(const Tensor& dy, const Tensor& weight, IntArrayRef input_size, IntArrayRef stride,
                               IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
   NoAutocast guard;
+  const Geometry geometry{stride, padding, dilation, groups};
   const auto format = memory_format(dy, weight);
-  if (dy.numel() == 0) return at::empty(input_size, dy.options().memory_format(format)).zero_();
-  const Tensor w = slice(weight, dy.size(1), input_size[1], groups);
-  // Only the shape of x matters for dx: one element, expanded.
-  const Tensor x = at::zeros({1}, dy.options()).expand(input_size);  // [N, C, H, W]
-  return std::get<0>(gradients(dy, x, w, stride, padding, dilation, groups, {true, false})).contiguous(format);
+  Tensor dx = at::empty(input_size, dy.options().memory_format(format));  // [N, C, H, W]
+  if (dy.numel() == 0) return dx.zero_();
+  const Kernels* kernels = kernels_for(dy, dx, geometry);
+  if (!kernels) {
+    const Tensor w = slice(weight, dy.size(1), input_size[1], groups);
+    // Of x only the shape matters: one element, expanded.
+    const Tensor x = at::zeros({1}, dy.options()).expand(input_size);
+    return std::get<0>(torch_gradients(dy, x, w, geometry, {true, false})).contiguous(format);
+  }
+  const Tensor output = nhwc(dy);
+  const Weight view{weight.const_data_ptr(), *dtype_of(weight), weight.stride(2),
+                    weight.stride(3),        weight.stride(0),  weight.stride(1)};
+  const ConvAxis h = geometry.axis(0, input_size, dy.sizes(), weight.sizes());
+  const ConvAxis w = geometry.axis(1, input_size, dy.sizes(), weight.sizes());
+  std::vector<std::pair<GatherAxis, GatherAxis>> phases;
+  for (int64_t i = 0; i < h.stride; i++) {
+    for (int64_t j = 0; j < w.stride; j++) phases.emplace_back(input_grad_gather(h, i), input_grad_gather(w, j));
+  }
+  const auto empty = [](const auto& p) { return p.first.tap.empty() || p.second.tap.empty(); };
+  if (std::any_of(phases.begin(), phases.end(), empty)) dx.zero_();
+  for (const auto& phase : phases) {
+    if (empty(phase) || phase.first.outputs == 0 || phase.second.outputs == 0) continue;
+    gather_conv(*kernels, dy.size(0), phase.first, phase.second, image(output), dy.size(1), view, nullptr, image(dx),
+                input_size[1]);
+  }
+  return dx;
 }
 
 void slim_conv2d_weight_grad_(const Tensor& dy, const Tensor& x, Tensor& dweight, IntArrayRef stride,
                               IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
   NoAutocast guard;
+  const Geometry geometry{stride, padding, dilation, groups};
   if (dy.numel() == 0) return;
   Tensor target = slice(dweight, dy.size(1), x.size(1), groups);  // [out, in / groups, KH, KW]
-  const Tensor w = at::zeros({1}, x.options()).expand(target.sizes());
-  target.add_(std::get<1>(gradients(dy, x, w, stride, padding, dilation, groups, {false, true})));
+  const Kernels* kernels = channels_adjacent(x) || channels_adjacent(dy) ? kernels_for(x, nhwc(x), geometry) : nullptr;
+  if (!kernels) {
+    const Tensor w = at::zeros({1}, x.options()).expand(target.sizes());
+    target.add_(std::get<1>(torch_gradients(dy, x, w, geometry, {false, true})));
+    return;
+  }
+  const Tensor input = nhwc(x), output = nhwc(dy);
+  const bool in_place = target.scalar_type() == at::kFloat;
+  Tensor sum =
+      in_place
+          ? target
+          : at::zeros(target.sizes(), target.options().dtype(at::kFloat)).contiguous(at::MemoryFormat::ChannelsLast);
+  conv_weight_grad(*kernels, x.size(0), geometry.axis(0, x.sizes(), dy.sizes(), target.sizes()),
+                   geometry.axis(1, x.sizes(), dy.sizes(), target.sizes()), image(output), dy.size(1), image(input),
+                   x.size(1), {sum.data_ptr<float>(), sum.stride(0), sum.stride(2), sum.stride(3), sum.stride(1)});
+  if (!in_place) target.add_(sum);
 }
 
 }  // namespace

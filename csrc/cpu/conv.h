@@ -1,0 +1,59 @@
+// Convolutions of NHWC images on the kernels of kernels.h. Pointers, sizes and strides; no tensors.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <cstdint>
+
+#include "kernels.h"
+#include "slim_conv2d.h"
+
+namespace gradaug::cpu {
+
+// [N, H, W, C] with any strides of N, H and W, counted in elements; channels are adjacent.
+struct Image {
+  const void* data;
+  Dtype dtype;
+  int64_t n, h, w;  // strides
+
+  const char* at(int64_t in, int64_t ih, int64_t iw) const {
+    return static_cast<const char*>(data) + (in * n + ih * h + iw * w) * size_of(dtype);
+  }
+  char* at(int64_t in, int64_t ih, int64_t iw) { return const_cast<char*>(std::as_const(*this).at(in, ih, iw)); }
+};
+
+// [KH, KW, depth, columns] with any strides: depth is summed over, columns are the channels of the result.
+struct Weight {
+  const void* data;
+  Dtype dtype;
+  int64_t h, w, depth, column;  // strides
+
+  const char* at(int64_t ih, int64_t iw, int64_t k, int64_t j) const {
+    return static_cast<const char*>(data) + (ih * h + iw * w + k * depth + j * column) * size_of(dtype);
+  }
+};
+
+// Memory of the size of some tensor, not initialised, aligned to a cache line.
+struct Buffer {
+  explicit Buffer(int64_t floats) : memory(c10::GetCPUAllocator()->allocate(floats * sizeof(float))) {}
+  float* data() const { return static_cast<float*>(memory.get()); }
+  at::DataPtr memory;
+};
+
+// y[n, q] = bias + sum over taps of x[n, step * q + offset[tap]] weight[tap], along both axes.
+//   x [batch, h.inputs, w.inputs, depth], weight [KH, KW, depth, columns], bias [columns] or null,
+//   y [batch, H, W, columns]: only the pixels that the two axes name are written.
+void gather_conv(const Kernels& kernels, int64_t batch, const GatherAxis& h, const GatherAxis& w, Image x,
+                 int64_t depth, const Weight& weight, const float* bias, Image y, int64_t columns);
+
+// dweight[o, h, w, i] += sum over images and pixels q of dy[n, q, o] x[n, stride * q + dilation * (h, w) - padding, i].
+//   dy [batch, OH, OW, out], x [batch, H, W, in]; dweight float32 with any strides.
+struct WeightGrad {
+  float* data;
+  int64_t out, h, w, in;  // strides
+};
+void conv_weight_grad(const Kernels& kernels, int64_t batch, const ConvAxis& h, const ConvAxis& w, const Image& dy,
+                      int64_t out, const Image& x, int64_t in, const WeightGrad& dweight);
+
+}  // namespace gradaug::cpu
