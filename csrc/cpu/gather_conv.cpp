@@ -93,9 +93,9 @@ void gather_conv(const Kernels& kernels, int64_t batch, const GatherAxis& h_axis
   const int64_t pixel = units % 256 == 0 ? units + 16 : units;
 
   // Block of output pixels: rows x width.
-  const int64_t band_rows = span(h) + 1;
-  int64_t width = std::max<int64_t>(kMinPixels, (kBandUnits / (band_rows * pixel) - span(w) - 1) / step_w + 1);
-  width = std::min(width, w.outputs);
+  const int64_t band_rows = span(h) + 1, output_pixel = columns * size_of(y.dtype) / 4;
+  const int64_t fits = (kBandUnits - band_rows * span(w) * pixel) / (band_rows * step_w * pixel + output_pixel);
+  int64_t width = std::min(std::max(fits, kMinPixels), w.outputs);
   int64_t across = ceil_div(w.outputs, width);
   const int64_t threads = at::get_num_threads();
   if (h.outputs == 1 && batch == 1) across = std::max(across, std::min(threads * 2, w.outputs / kMinPixels));
@@ -103,14 +103,19 @@ void gather_conv(const Kernels& kernels, int64_t batch, const GatherAxis& h_axis
   if (across > 1) width = ceil_div(width, kernels.max_rows) * kernels.max_rows;
   across = ceil_div(w.outputs, width);
   const int64_t band_width = (width - 1) * step_w + span(w) + 1;
-  int64_t rows = std::max<int64_t>(1, (kBandUnits / (band_width * pixel) - band_rows) / step_h + 1);
-  rows = std::min(rows, h.outputs);
+  int64_t rows = (kBandUnits - span(h) * band_width * pixel) / (step_h * band_width * pixel + width * output_pixel);
+  rows = std::clamp<int64_t>(rows, 1, h.outputs);
   rows = std::clamp<int64_t>(batch * across * h.outputs / (2 * threads), 1, rows);
   const int64_t down = ceil_div(h.outputs, rows);
   rows = ceil_div(h.outputs, down);
   const int64_t blocks = batch * down * across;
   // Few blocks: threads share one and take panels of it.
   const int64_t shares = std::clamp<int64_t>(threads / blocks, 1, panels.count());
+
+  // Pixels that share cache lines of y are written whole, where all panels fit the second-level cache, so that no
+  // line is fetched twice (165 against 145 GFLOP/s for 249 bfloat16 channels); aligned pixels prefer one panel at a
+  // time (205 against 170 for 256).
+  const bool pixel_first = panels.size() <= kBandUnits && y.w * size_of(y.dtype) % 64 != 0;
 
   // Adjacent taps of a row whose pixels are adjacent in the band are one run of units.
   const bool adjacent = span(w) + 1 == taps_w && pixel == units && !direct;
@@ -143,24 +148,34 @@ void gather_conv(const Kernels& kernels, int64_t batch, const GatherAxis& h_axis
         a = memory.data();
       }
       const int64_t tiles = ceil_div(block_width, kernels.max_rows);
-      for (int64_t p = panels.count() * share / shares; p < panels.count() * (share + 1) / shares; p++) {
+      const int64_t first_panel = panels.count() * share / shares, last_panel = panels.count() * (share + 1) / shares;
+      const auto multiply = [&](int64_t p, int64_t q, int64_t i) {
+        const int64_t first = block_width * i / tiles, last = block_width * (i + 1) / tiles;
         GemmTile tile{};
+        tile.a = a + q * a_row + first * a_pixel;
         tile.a_row = a_pixel;
         tile.tap_offset = tap_offset.data();
         tile.taps = tap_offset.size();
         tile.b = packed.data() + panels.offset(p);
         tile.depth = adjacent ? units * taps_w : units;
         tile.bias = bias ? padded_bias.data() + p * panels.panel : nullptr;
+        tile.c = y.at(n, h.first + (q0 + q) * h.spacing, w.first + (p0 + first) * w.spacing) +
+                 p * panels.panel * size_of(y.dtype);
         tile.c_row = y.w * w.spacing;
+        tile.rows = last - first;
         tile.columns = panels.valid(p);
+        kernels.gemm(tile, y.dtype);
+      };
+      if (pixel_first) {
         for (int64_t q = 0; q < block_rows; q++) {
           for (int64_t i = 0; i < tiles; i++) {
-            const int64_t first = block_width * i / tiles, last = block_width * (i + 1) / tiles;
-            tile.a = a + q * a_row + first * a_pixel;
-            tile.rows = last - first;
-            tile.c = y.at(n, h.first + (q0 + q) * h.spacing, w.first + (p0 + first) * w.spacing) +
-                     p * panels.panel * size_of(y.dtype);
-            kernels.gemm(tile, y.dtype);
+            for (int64_t p = first_panel; p < last_panel; p++) multiply(p, q, i);
+          }
+        }
+      } else {
+        for (int64_t p = first_panel; p < last_panel; p++) {
+          for (int64_t q = 0; q < block_rows; q++) {
+            for (int64_t i = 0; i < tiles; i++) multiply(p, q, i);
           }
         }
       }

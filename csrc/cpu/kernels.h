@@ -28,7 +28,7 @@ struct GemmTile {
   int columns;        // 1 to panel
 };
 
-// c[r][j] += sum over images, rows and pixels of a[.., r] * b[.., j]
+// c[r][j] += sum over images, rows and pixels of a[.., r] * b[.., j], for j < columns; b holds whole vectors.
 struct OuterTile {
   const float* a;  // units
   const float* b;
@@ -57,8 +57,13 @@ struct Kernels {
   // is 1.
   void (*pack_panel)(float* dst, int64_t dst_columns, const void* src, Dtype dtype, int64_t depth, int64_t columns,
                      int64_t k_stride, int64_t n_stride);
-  // Pairs along pixels: dst[k] = (first[k], second[k]) for bfloat16 channels, zeros where one is null.
-  void (*zip_pixels)(float* dst, const uint16_t* first, const uint16_t* second, int64_t channels);
+  // dst[k / panel][p][k % panel]: as load_pixels, in panels that are dst_panel apart, zeros up to whole panels.
+  void (*load_panels)(float* dst, int64_t dst_panel, const void* src, int64_t src_pixel, Dtype dtype, int64_t pixels,
+                      int64_t channels);
+  // Pairs along pixels: dst[k / width][k % width] = (first[k], second[k]) for bfloat16 channels, panels `dst_panel`
+  // apart; zeros where one is null, and up to whole panels. For pair = 2 only.
+  void (*zip_panels)(float* dst, int64_t width, int64_t dst_panel, const uint16_t* first, const uint16_t* second,
+                     int64_t channels);
 };
 
 // The best kernels this processor (and ATEN_CPU_CAPABILITY) allows for a dtype; null where PyTorch's own are better.

@@ -17,9 +17,9 @@
 namespace gradaug::cpu {
 namespace {
 
-// Sums of float32 units are added to a total every kChunk units: a long sum in one accumulator would lose twice the
-// precision of PyTorch's. Pairs of bfloat16 have lost more than that before.
-constexpr int64_t kChunk = 64;
+// Sums of float32 units are added to a total every so often: PyTorch's kernels sum in blocks too, and one long sum in
+// one accumulator would be several times less precise. Pairs of bfloat16 have lost more than that before.
+constexpr int64_t kMinChunk = 64, kMaxChunk = 256;
 
 template <class S, int kRows, int kVectors>
 using Accumulators = typename S::V[kRows][kVectors];
@@ -33,16 +33,17 @@ inline __attribute__((always_inline)) void clear(Accumulators<S, kRows, kVectors
   }
 }
 
-// total += sum. The total stays in memory: in registers, it would drive the operands of the inner loop out of them.
+// total = sum, or total += sum. The total stays in memory: in registers, it would drive the operands of the inner loop
+// out of them.
 template <class S, int kRows, int kVectors>
-inline __attribute__((always_inline)) void add(float* total, const Accumulators<S, kRows, kVectors>& sum) {
+inline __attribute__((always_inline)) void add(float* total, const Accumulators<S, kRows, kVectors>& sum, bool to_it) {
   asm volatile("" : "+r"(total) : : "memory");
   GRADAUG_UNROLL
   for (int r = 0; r < kRows; r++) {
     GRADAUG_UNROLL
     for (int v = 0; v < kVectors; v++) {
       float* to = total + (r * kVectors + v) * S::lanes;
-      S::store(to, S::add(S::load(to), sum[r][v]));
+      S::store(to, to_it ? S::add(S::load(to), sum[r][v]) : sum[r][v]);
     }
   }
   asm volatile("" : "+r"(total) : : "memory");
@@ -69,13 +70,15 @@ void gemm_tile(const GemmTile& tile, Dtype output) {
   constexpr int kBases = (kRows + 2) / 3;
   Accumulators<S, kRows, kVectors> sum;
   clear<S, kRows, kVectors>(sum);
-  alignas(64) float total[kRows * kVectors * S::lanes] = {};
+  alignas(64) float total[kRows * kVectors * S::lanes];
+  bool chunked = false;
   const float* b = tile.b;
   const int64_t row = tile.a_row;
-  int64_t chunk = 0;
+  int64_t limit = tile.taps * tile.depth / 4, chunk = 0;
+  limit = S::pair == 2 ? INT64_MAX : limit < kMinChunk ? kMinChunk : limit > kMaxChunk ? kMaxChunk : limit;
   for (int64_t t = 0; t < tile.taps; t++) {
     for (int64_t begin = 0, end; begin < tile.depth; begin = end) {
-      end = S::pair == 1 && tile.depth - begin > kChunk ? begin + kChunk : tile.depth;
+      end = tile.depth - begin > limit ? begin + limit : tile.depth;
       const float* base[kBases];
       GRADAUG_UNROLL
       for (int i = 0; i < kBases; i++) {
@@ -97,14 +100,15 @@ void gemm_tile(const GemmTile& tile, Dtype output) {
         for (int i = 0; i < kBases; i++) base[i]++;
       }
       chunk += end - begin;
-      if (S::pair == 1 && chunk >= kChunk) {
-        add<S, kRows, kVectors>(total, sum);
+      if (chunk >= limit) {
+        add<S, kRows, kVectors>(total, sum, chunked);
         clear<S, kRows, kVectors>(sum);
+        chunked = true;
         chunk = 0;
       }
     }
   }
-  add<S, kRows, kVectors>(sum, total);
+  if (chunked) add<S, kRows, kVectors>(sum, total);
   if (tile.bias) {
     GRADAUG_UNROLL
     for (int v = 0; v < kVectors; v++) {
@@ -125,26 +129,24 @@ void gemm_tile(const GemmTile& tile, Dtype output) {
 
 // Product of a transposed with b, for weight gradients: each pixel adds the outer product of kRows channels of a with
 // kVectors vectors of b to accumulators in registers, which are added to c at the end.
-template <class S, int kRows, int kVectors, bool kWhole>
+template <class S, int kRows, int kVectors>
 void outer_tile(const OuterTile& tile) {
   using V = typename S::V;
   Accumulators<S, kRows, kVectors> sum;
   clear<S, kRows, kVectors>(sum);
-  alignas(64) float total[kRows * kVectors * S::lanes] = {};
+  alignas(64) float total[kRows * kVectors * S::lanes];
+  bool chunked = false;
   int64_t chunk = 0;
   for (int64_t n = 0; n < tile.images; n++) {
     for (int64_t h = 0; h < tile.rows; h++) {
       const float* a = tile.a + n * tile.a_image + h * tile.a_row;
       const float* b = tile.b + n * tile.b_image + h * tile.b_row;
       for (int64_t begin = 0, end; begin < tile.pixels; begin = end) {
-        end = S::pair == 1 && tile.pixels - begin > kChunk ? begin + kChunk : tile.pixels;
+        end = S::pair == 1 && tile.pixels - begin > 2 * kMinChunk ? begin + 2 * kMinChunk : tile.pixels;
         for (int64_t p = begin; p < end; p++, a += tile.a_pixel, b += tile.b_pixel) {
           V x[kVectors];
           GRADAUG_UNROLL
-          for (int v = 0; v < kVectors; v++) {
-            const bool whole = kWhole || v + 1 < kVectors;
-            x[v] = whole ? S::load(b + v * S::lanes) : S::load(b + v * S::lanes, tile.columns - v * S::lanes);
-          }
+          for (int v = 0; v < kVectors; v++) x[v] = S::load(b + v * S::lanes);
           GRADAUG_UNROLL
           for (int r = 0; r < kRows; r++) {
             const V unit = S::broadcast(a + r);
@@ -153,15 +155,16 @@ void outer_tile(const OuterTile& tile) {
           }
         }
         chunk += end - begin;
-        if (S::pair == 1 && chunk >= kChunk) {
-          add<S, kRows, kVectors>(total, sum);
+        if (S::pair == 1 && chunk >= kMinChunk) {
+          add<S, kRows, kVectors>(total, sum, chunked);
           clear<S, kRows, kVectors>(sum);
+          chunked = true;
           chunk = 0;
         }
       }
     }
   }
-  add<S, kRows, kVectors>(sum, total);
+  if (chunked) add<S, kRows, kVectors>(sum, total);
   GRADAUG_UNROLL
   for (int r = 0; r < kRows; r++) {
     GRADAUG_UNROLL
@@ -183,11 +186,8 @@ void gemm(const GemmTile& tile, Dtype output, std::index_sequence<kRows...>) {
 template <class S, size_t... kRows>
 void outer(const OuterTile& tile, std::index_sequence<kRows...>) {
   using Tile = void (*)(const OuterTile&);
-  static constexpr Tile whole[2][sizeof...(kRows)] = {{outer_tile<S, kRows + 1, 1, true>...},
-                                                      {outer_tile<S, kRows + 1, 2, true>...}};
-  static constexpr Tile partial[2][sizeof...(kRows)] = {{outer_tile<S, kRows + 1, 1, false>...},
-                                                        {outer_tile<S, kRows + 1, 2, false>...}};
-  const auto& tiles = tile.columns % S::lanes == 0 ? whole : partial;
+  static constexpr Tile tiles[2][sizeof...(kRows)] = {{outer_tile<S, kRows + 1, 1>...},
+                                                      {outer_tile<S, kRows + 1, 2>...}};
   tiles[tile.columns > S::lanes][tile.channels - 1](tile);
 }
 
@@ -265,17 +265,39 @@ struct Impl {
     }
   }
 
-  static void zip_pixels(float* dst, const uint16_t* first, const uint16_t* second, int64_t channels) {
+  static void load_panels(float* dst, int64_t dst_panel, const void* src, int64_t src_pixel, Dtype dtype,
+                          int64_t pixels, int64_t channels) {
+    const char* from = static_cast<const char*>(src);
+    const int64_t size = size_of(dtype);
+    for (int64_t p = 0; p < pixels; p++, dst += table.panel, from += src_pixel * size) {
+      float* to = dst;
+      for (int64_t k = 0; k < channels; k += table.panel * S::pair, to += dst_panel) {
+        for (int64_t j = 0; j < table.panel; j += S::lanes) {
+          const int64_t first = k + j * S::pair;
+          const bool some = first < channels;
+          S::store(to + j, some ? S::load_units(from + first * size, dtype, channels - first) : S::zero());
+        }
+      }
+    }
+  }
+
+  static void zip_panels(float* dst, int64_t width, int64_t dst_panel, const uint16_t* first, const uint16_t* second,
+                         int64_t channels) {
     if constexpr (S::pair == 2) {
-      for (int64_t c = 0; c < channels; c += S::lanes) {
-        S::store(dst + c, S::zip(first ? first + c : nullptr, second ? second + c : nullptr, channels - c),
-                 channels - c);
+      for (int64_t k = 0; k < channels; k += width, dst += dst_panel) {
+        for (int64_t j = 0; j < width; j += S::lanes) {
+          const int64_t c = k + j, left = channels - c;
+          const V units = left >= S::lanes && first && second ? S::zip(first + c, second + c)
+                          : left > 0 ? S::zip(first ? first + c : nullptr, second ? second + c : nullptr, left)
+                                     : S::zero();
+          S::store(dst + j, units, width - j);
+        }
       }
     }
   }
 
   static constexpr Kernels table = {S::pair, S::lanes,    2 * S::lanes, S::max_rows, gemm,
-                                    outer,   load_pixels, pack_panel,   zip_pixels};
+                                    outer,   load_pixels, pack_panel,   load_panels, zip_panels};
 };
 
 }  // namespace

@@ -25,12 +25,27 @@ struct Avx512 {
   static V load(const float* p) { return _mm512_loadu_ps(p); }
   static V load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(mask(n), p); }
   static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+  // Partial stores are powers of two: a masked store costs some processors a hundred cycles amid loads.
   static void store(float* p, V v, int64_t n) {
-    if (n >= lanes) {  // masked stores take several times as long on some processors
-      _mm512_storeu_ps(p, v);
-    } else {
-      _mm512_mask_storeu_ps(p, mask(n), v);
+    if (n >= 16) return _mm512_storeu_ps(p, v);
+    __m256 half = _mm512_castps512_ps256(v);
+    if (n & 8) {
+      _mm256_storeu_ps(p, half);
+      half = _mm512_extractf32x8_ps(v, 1);
+      p += 8;
     }
+    __m128 quarter = _mm256_castps256_ps128(half);
+    if (n & 4) {
+      _mm_storeu_ps(p, quarter);
+      quarter = _mm256_extractf128_ps(half, 1);
+      p += 4;
+    }
+    if (n & 2) {
+      _mm_storel_pi(reinterpret_cast<__m64*>(p), quarter);
+      quarter = _mm_movehl_ps(quarter, quarter);
+      p += 2;
+    }
+    if (n & 1) _mm_store_ss(p, quarter);
   }
   static V broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
@@ -58,11 +73,25 @@ struct Avx512 {
     if (dtype == Dtype::f32) return store(static_cast<float*>(p), v, n);
     const __m256i raw =
         dtype == Dtype::f16 ? _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC) : to_bf16(v);
-    if (n >= lanes) {
-      _mm256_storeu_si256(static_cast<__m256i*>(p), raw);
-    } else {
-      _mm256_mask_storeu_epi16(p, mask(n), raw);
+    if (n >= 16) return _mm256_storeu_si256(static_cast<__m256i*>(p), raw);
+    auto* to = static_cast<uint16_t*>(p);
+    __m128i half = _mm256_castsi256_si128(raw);
+    if (n & 8) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), half);
+      half = _mm256_extracti128_si256(raw, 1);
+      to += 8;
     }
+    if (n & 4) {
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(to), half);
+      half = _mm_srli_si128(half, 8);
+      to += 4;
+    }
+    if (n & 2) {
+      _mm_storeu_si32(to, half);
+      half = _mm_srli_si128(half, 4);
+      to += 2;
+    }
+    if (n & 1) _mm_storeu_si16(to, half);
   }
 
   // n elements as units, n <= 16 * pair, zeros beyond.
@@ -78,6 +107,12 @@ struct Avx512 {
   static V zip(const uint16_t* first, const uint16_t* second, int64_t n) {
     const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first ? mask(n) : 0, first));
     const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second ? mask(n) : 0, second));
+    return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+
+  static V zip(const uint16_t* first, const uint16_t* second) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
     return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
 

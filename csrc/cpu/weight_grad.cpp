@@ -1,10 +1,9 @@
 // Weight gradient of a convolution, a matrix product that sums over pixels:
 // 1. threads share the output channels of a large weight, and the pixels of a small one (each then has its own sum);
-// 2. a thread takes blocks of a few hundred pixels. Float32 images are read in place; pairs of pixels of bfloat16
-// images
-//    are zipped into units first, x once for each column of the kernel;
-// 3. for each tap and panel of 32 input channels, tiles of 8 output channels sum the block in registers, over those
-//    pixels that the tap finds inside the image, and are added to the gradient;
+// 2. a thread takes blocks of a few hundred pixels and copies them to adjacent memory, x in panels of 32 channels.
+//    Pairs of bfloat16 pixels are zipped into units: dy once, x once for each column of the kernel;
+// 3. for each panel and tap, tiles of 8 output channels sum the block in registers, over those pixels that the tap
+//    finds inside the image, and are added to the gradient;
 // 4. where threads shared the pixels, their sums are added in the order of the threads.
 #include <algorithm>
 #include <cstring>
@@ -60,10 +59,10 @@ struct Blocks {
   }
 };
 
-// [image, row, pixel, channel] in units
+// [panel of channels, image, row, pixel, channel] in units
 struct Units {
   const float* data;
-  int64_t n, h, w;
+  int64_t panel, n, h, w;  // strides
 };
 
 // Memory of a thread that grows to what is asked for.
@@ -71,8 +70,9 @@ class Scratch {
  public:
   float* at_least(int64_t floats) {
     if (floats > size_) buffer_ = Buffer(size_ = floats);
-    return buffer_.data();
+    return data();
   }
+  float* data() const { return buffer_.data(); }
 
  private:
   int64_t size_ = 0;
@@ -88,111 +88,128 @@ class Sum {
 
   void add(const Block& block) {
     const Units dy = outputs(block);
-    for (int64_t kw = 0; kw < w_.kernel; kw++) {
-      if (kernels_.pair == 1 && inside(w_, kw, block.columns).size() <= 0) continue;
-      const Range rows = input_rows(block);
-      const Units x = inputs(block, rows, kw);
+    if (kernels_.pair == 1) {
+      const Units x = input_pixels(block);
       for (int64_t i = 0; i < in_; i += kernels_.panel) {
-        for (int64_t kh = 0; kh < h_.kernel; kh++) add_tap(block, rows, dy, x, kh, kw, i);
+        for (int64_t kw = 0; kw < w_.kernel; kw++) add_taps(block, dy, x, kw, i);
+      }
+    } else {
+      for (int64_t kw = 0; kw < w_.kernel; kw++) {
+        const Units x = input_pairs(block, kw);
+        for (int64_t i = 0; i < in_; i += kernels_.panel) add_taps(block, dy, x, kw, i);
       }
     }
   }
 
  private:
-  bool in_place(const Image& image) const { return kernels_.pair == 1 && image.dtype == Dtype::f32; }
-
-  // The rows of x that the block's rows need, whatever the tap.
-  Range input_rows(const Block& block) const {
-    const int64_t first = block.rows.begin * h_.stride - h_.padding;
-    const int64_t last = (block.rows.end - 1) * h_.stride - h_.padding + (h_.kernel - 1) * h_.dilation;
-    return {std::max<int64_t>(first, 0), std::max(first, std::min(h_.inputs, last + 1))};
+  // The inputs that some outputs need, whatever the tap.
+  static Range input_range(const ConvAxis& axis, Range outputs) {
+    const int64_t first = std::max<int64_t>(0, outputs.begin * axis.stride - axis.padding);
+    const int64_t last = (outputs.end - 1) * axis.stride - axis.padding + (axis.kernel - 1) * axis.dilation;
+    return {first, std::max(first, std::min(axis.inputs, last + 1))};
   }
 
-  // dy of the block: [images, rows, columns (or pairs of them), out]
+  // A kernel of one column reads only every stride-th column of x.
+  int64_t column_step() const { return w_.kernel == 1 ? w_.stride : 1; }
+
+  // dy of the block: [images, rows, columns, out], or pairs of columns
   Units outputs(const Block& block) {
-    if (in_place(dy_)) {
-      const char* first = dy_.at(block.images.begin, block.rows.begin, block.columns.begin);
-      return {reinterpret_cast<const float*>(first) + out_.begin, dy_.n, dy_.h, dy_.w};
-    }
     const int64_t channels = out_.size(), width = ceil_div(block.columns.size(), kernels_.pair);
     const int64_t row = width * channels, image = row * block.rows.size();
     float* to = dy_memory_.at_least(image * block.images.size());
-    const Units units{to, image, row, channels};
+    const Units units{to, 0, image, row, channels};
     for (int64_t n = block.images.begin; n < block.images.end; n++) {
       for (int64_t h = block.rows.begin; h < block.rows.end; h++, to += row) {
-        const auto pixel = [&](int64_t w) {
-          return w < block.columns.end ? dy_.at(n, h, w) + out_.begin * size_of(dy_.dtype) : nullptr;
-        };
-        load_row(to, pixel, block.columns.begin, 1, width, dy_, channels);
+        const char* from = dy_.at(n, h, block.columns.begin) + out_.begin * size_of(dy_.dtype);
+        if (kernels_.pair == 1) {
+          kernels_.load_pixels(to, channels, from, dy_.w, dy_.dtype, width, channels);
+        } else {
+          zip_row(to, channels, channels, 0, from, dy_.w, {0, block.columns.size()}, width, channels);
+        }
       }
     }
     return units;
   }
 
-  // x of the block for the kernel's column kw: [images, input rows, columns (or pairs of them), in]
-  Units inputs(const Block& block, Range rows, int64_t kw) {
-    const int64_t first = block.columns.begin * w_.stride - w_.padding + kw * w_.dilation;
-    if (in_place(x_)) {
-      // May point outside the image: add_tap reads only columns inside of it.
-      const auto* start = static_cast<const float*>(x_.data);
-      return {start + block.images.begin * x_.n + rows.begin * x_.h + first * x_.w, x_.n, x_.h, x_.w * w_.stride};
-    }
-    const int64_t width = ceil_div(block.columns.size(), kernels_.pair);
-    const int64_t row = width * in_, image = row * rows.size();
-    float* to = x_memory_.at_least(image * block.images.size());
-    const Units units{to, image, row, in_};
+  // x of the block: [panels, images, input rows, input columns, panel], every step-th column
+  Units input_pixels(const Block& block) {
+    const Range rows = input_range(h_, block.rows), columns = input_range(w_, block.columns);
+    const int64_t width = ceil_div(columns.size(), column_step());
+    Units units = input_memory(block, width);
+    float* to = x_memory_.data();
     for (int64_t n = block.images.begin; n < block.images.end; n++) {
-      for (int64_t h = rows.begin; h < rows.end; h++, to += row) {
-        const auto pixel = [&](int64_t w) {
-          const bool exists = w >= 0 && w < w_.inputs && w < first + block.columns.size() * w_.stride;
-          return exists ? x_.at(n, h, w) : nullptr;
-        };
-        load_row(to, pixel, first, w_.stride, width, x_, in_);
+      for (int64_t h = rows.begin; h < rows.end; h++, to += units.h) {
+        kernels_.load_panels(to, units.panel, x_.at(n, h, columns.begin), x_.w * column_step(), x_.dtype, width, in_);
       }
     }
     return units;
   }
 
-  // to [width, channels]: pixels first, first + step, ... as units, or zipped in pairs; zeros where there is no pixel.
-  template <class Pixel>
-  void load_row(float* to, const Pixel& pixel, int64_t first, int64_t step, int64_t width, const Image& image,
-                int64_t channels) const {
-    for (int64_t p = 0; p < width; p++, to += channels) {
-      if (kernels_.pair == 2) {
-        kernels_.zip_pixels(to, reinterpret_cast<const uint16_t*>(pixel(first + 2 * p * step)),
-                            reinterpret_cast<const uint16_t*>(pixel(first + (2 * p + 1) * step)), channels);
-      } else if (const char* from = pixel(first + p * step)) {
-        kernels_.load_pixels(to, channels, from, 0, image.dtype, 1, channels);
-      } else {
-        std::memset(to, 0, channels * sizeof(float));
+  // The x that column kw of the kernel meets: [panels, images, input rows, pairs of output columns, panel]
+  Units input_pairs(const Block& block, int64_t kw) {
+    const Range rows = input_range(h_, block.rows), valid = inside(w_, kw, block.columns);
+    const int64_t width = ceil_div(block.columns.size(), 2);
+    const int64_t first = block.columns.begin * w_.stride - w_.padding + kw * w_.dilation;
+    Units units = input_memory(block, width);
+    float* to = x_memory_.data();
+    for (int64_t n = block.images.begin; n < block.images.end; n++) {
+      for (int64_t h = rows.begin; h < rows.end; h++, to += units.h) {
+        zip_row(to, kernels_.panel, kernels_.panel, units.panel, x_.at(n, h, first), x_.w * w_.stride,
+                {valid.begin - block.columns.begin, valid.end - block.columns.begin}, width, in_);
       }
+    }
+    return units;
+  }
+
+  Units input_memory(const Block& block, int64_t width) {
+    const int64_t row = width * kernels_.panel, image = row * input_range(h_, block.rows).size();
+    const int64_t panel = image * block.images.size();
+    return {x_memory_.at_least(panel * ceil_div(in_, kernels_.panel)), panel, image, row, kernels_.panel};
+  }
+
+  // to [panels, width, to_pixel]: pixels 2p and 2p + 1 zipped, zeros for those that are not in `valid`.
+  void zip_row(float* to, int64_t to_pixel, int64_t panel, int64_t to_panel, const char* from, int64_t from_pixel,
+               Range valid, int64_t width, int64_t channels) const {
+    const auto* bits = reinterpret_cast<const uint16_t*>(from);
+    for (int64_t p = 0; p < 2 * width; p += 2, to += to_pixel) {
+      const bool first = p >= valid.begin && p < valid.end, second = p + 1 >= valid.begin && p + 1 < valid.end;
+      kernels_.zip_panels(to, panel, to_panel, first ? bits + p * from_pixel : nullptr,
+                          second ? bits + (p + 1) * from_pixel : nullptr, channels);
     }
   }
 
-  void add_tap(const Block& block, Range rows, const Units& dy, const Units& x, int64_t kh, int64_t kw, int64_t i) {
-    const Range valid = inside(h_, kh, block.rows);
-    // Zipped rows have zeros where there is no pixel; others are cut.
-    Range columns{0, ceil_div(block.columns.size(), kernels_.pair)};
+  // All rows of column kw of the kernel, panel i.
+  void add_taps(const Block& block, const Units& dy, const Units& x, int64_t kw, int64_t i) {
+    // Columns of outputs (or pairs of them), and the column of x that the first of them meets.
+    Range columns{0, ceil_div(block.columns.size(), 2)};
+    int64_t x_column = 0, x_step = x.w;
     if (kernels_.pair == 1) {
-      const Range inner = inside(w_, kw, block.columns);
-      columns = {inner.begin - block.columns.begin, inner.end - block.columns.begin};
+      const Range valid = inside(w_, kw, block.columns);
+      columns = {valid.begin - block.columns.begin, valid.end - block.columns.begin};
+      x_column = (valid.begin * w_.stride - w_.padding + kw * w_.dilation - input_range(w_, block.columns).begin) /
+                 column_step();
+      x_step = x.w * w_.stride / column_step();
     }
-    if (valid.size() <= 0 || columns.size() <= 0) return;
-    OuterTile tile{};
-    tile.images = block.images.size(), tile.rows = valid.size(), tile.pixels = columns.size();
-    tile.a_image = dy.n, tile.a_row = dy.h, tile.a_pixel = dy.w;
-    tile.b_image = x.n, tile.b_row = x.h * h_.stride, tile.b_pixel = x.w;
-    const int64_t first_row = valid.begin * h_.stride - h_.padding + kh * h_.dilation;
-    tile.b = x.data + (first_row - rows.begin) * x.h + columns.begin * x.w + i;
-    const float* a = dy.data + (valid.begin - block.rows.begin) * dy.h + columns.begin * dy.w;
-    float* c = dweight_.data + kh * dweight_.h + kw * dweight_.w + i;
-    tile.c_row = dweight_.out;
-    tile.columns = std::min<int64_t>(kernels_.panel, in_ - i);
-    for (int64_t o = 0; o < out_.size(); o += kernels_.max_rows) {
-      tile.a = a + o;
-      tile.c = c + (out_.begin + o) * dweight_.out;
-      tile.channels = std::min<int64_t>(kernels_.max_rows, out_.size() - o);
-      kernels_.outer(tile);
+    if (columns.size() <= 0) return;
+    for (int64_t kh = 0; kh < h_.kernel; kh++) {
+      const Range valid = inside(h_, kh, block.rows);
+      if (valid.size() <= 0) continue;
+      const int64_t x_row = valid.begin * h_.stride - h_.padding + kh * h_.dilation - input_range(h_, block.rows).begin;
+      const float* a = dy.data + (valid.begin - block.rows.begin) * dy.h + columns.begin * dy.w;
+      float* c = dweight_.data + kh * dweight_.h + kw * dweight_.w + i + out_.begin * dweight_.out;
+      OuterTile tile{};
+      tile.b = x.data + i / kernels_.panel * x.panel + x_row * x.h + x_column * x.w;
+      tile.images = block.images.size(), tile.rows = valid.size(), tile.pixels = columns.size();
+      tile.a_image = dy.n, tile.a_row = dy.h, tile.a_pixel = dy.w;
+      tile.b_image = x.n, tile.b_row = x.h * h_.stride, tile.b_pixel = x_step;
+      tile.c_row = dweight_.out;
+      tile.columns = std::min<int64_t>(kernels_.panel, in_ - i);
+      for (int64_t o = 0; o < out_.size(); o += kernels_.max_rows) {
+        tile.a = a + o;
+        tile.c = c + o * dweight_.out;
+        tile.channels = std::min<int64_t>(kernels_.max_rows, out_.size() - o);
+        kernels_.outer(tile);
+      }
     }
   }
 
@@ -260,7 +277,7 @@ void conv_weight_grad(const Kernels& kernels, int64_t batch, const ConvAxis& h_a
   flatten(batch, h, w, dy, x);
   const int64_t size = out * h.kernel * w.kernel * in, threads = at::get_num_threads();
   const int64_t out_parts = size <= 64 * 1024 ? 1 : std::min(threads, ceil_div(out, 2 * kernels.max_rows));
-  const Blocks blocks(batch, h.outputs, w.outputs, std::clamp<int64_t>(64 * 1024 * out_parts / out, 192, 1024));
+  const Blocks blocks(batch, h.outputs, w.outputs, std::clamp<int64_t>(64 * 1024 * out_parts / out, 192, 512));
   const int64_t pixel_parts = std::min(threads / out_parts, blocks.count());
 
   // [parts, KH, KW, out, in], where the threads cannot add to the gradient itself
