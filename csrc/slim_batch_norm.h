@@ -69,10 +69,10 @@ GRADAUG_INLINE A normalise(A x, A center, A scale, A offset) {
   return (x - center) * scale + offset;
 }
 
-// NaN stays NaN.
+// The ReLU with floor = 0, nothing with floor = -infinity. NaN stays NaN.
 template <typename A>
-GRADAUG_INLINE A relu(A z) {
-  return z < A(0) ? A(0) : z;
+GRADAUG_INLINE A relu(A z, A floor = A(0)) {
+  return z < floor ? floor : z;
 }
 
 // The gradient that passes the ReLU.

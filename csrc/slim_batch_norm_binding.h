@@ -48,6 +48,31 @@ inline void check_statistic(const Tensor& x, const char* name, const Tensor& t) 
   TORCH_CHECK_VALUE(t.device() == x.device(), name, " must be on ", x.device(), ", got ", t.device());
 }
 
+inline void check_forward(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                          const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
+                          const std::optional<Tensor>& residual) {
+  check_activation(x);
+  check_parameter(x, "weight", weight);
+  check_parameter(x, "bias", bias);
+  TORCH_CHECK_VALUE(mean.has_value() == var.has_value(), "mean and var must be given together, got only ",
+                    mean ? "mean" : "var");
+  if (mean) check_statistic(x, "mean", *mean);
+  if (var) check_statistic(x, "var", *var);
+  if (residual) check_like(x, "residual", *residual);
+}
+
+inline void check_backward(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& y,
+                           const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, const Tensor& mean,
+                           const Tensor& var) {
+  check_activation(x);
+  check_like(x, "dy", dy);
+  if (y) check_like(x, "y", *y);
+  check_parameter(x, "weight", weight);
+  check_parameter(x, "bias", bias);
+  check_statistic(x, "mean", mean);
+  check_statistic(x, "var", var);
+}
+
 // Pitch of t seen as N * H * W rows of C adjacent values, -1 where its strides are not that. Broadcast rows have 0.
 inline int64_t row_pitch(const Tensor& t) {
   if (t.size(1) > 1 && t.stride(1) != 1) return -1;

@@ -669,15 +669,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<
                                            const std::optional<Tensor>& bias, const std::optional<Tensor>& given_mean,
                                            const std::optional<Tensor>& given_var,
                                            const std::optional<Tensor>& residual, bool relu, double eps) {
-  check_activation(x);
-  check_parameter(x, "weight", weight);
-  check_parameter(x, "bias", bias);
-  TORCH_CHECK_VALUE(given_mean.has_value() == given_var.has_value(), "mean and var must be given together, got only ",
-                    given_mean ? "mean" : "var");
-  if (given_mean) check_statistic(x, "mean", *given_mean);
-  if (given_var) check_statistic(x, "var", *given_var);
-  if (residual) check_like(x, "residual", *residual);
-
+  check_forward(x, weight, bias, given_mean, given_var, residual);
   const Layout layout(x);
   const int64_t channels = x.size(1);
   Tensor y = layout.empty(x);                                   // [N, C, H, W]
@@ -714,14 +706,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
                                                     const std::optional<Tensor>& bias, const Tensor& mean_tensor,
                                                     const Tensor& var_tensor, bool batch_stats, bool needs_dz,
                                                     double eps) {
-  check_activation(x);
-  check_like(x, "dy", dy);
-  if (y) check_like(x, "y", *y);
-  check_parameter(x, "weight", weight);
-  check_parameter(x, "bias", bias);
-  check_statistic(x, "mean", mean_tensor);
-  check_statistic(x, "var", var_tensor);
-
+  check_backward(dy, x, y, weight, bias, mean_tensor, var_tensor);
   const Layout layout(x);
   const int64_t channels = x.size(1);
   Tensor dx = layout.empty(x);                                           // [N, C, H, W]
