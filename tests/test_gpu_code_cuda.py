@@ -28,6 +28,9 @@ REQUIRED = {
     r"tensor_core_kernel": ("hmma", "copy_16", "store_16"),
     r"depthwise_kernel<(__half|__nv_bfloat16), .*, 8>": ("load_16", "store_16"),
     r"depthwise_kernel<float, .*, 4>": ("load_16", "store_16"),
+    r"moments_kernel<(__half|__nv_bfloat16), 8, |moments_kernel<float, 4, ": ("load_16",),
+    r"(apply|gradient_sums|input_gradient)_kernel<(__half|__nv_bfloat16), 8, ": ("load_16", "store_16"),
+    r"(apply|gradient_sums|input_gradient)_kernel<float, 4, ": ("load_16", "store_16"),
 }
 INSTRUCTIONS = {
     "hmma": r"\bHMMA\.",

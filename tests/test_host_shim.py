@@ -9,15 +9,18 @@ import shutil
 import struct
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate
-from cases import NCHW, NHWC, ConvCase, conv_cases
+from cases import NCHW, NHWC, BatchNormCase, ConvCase, batch_norm_cases, conv_cases
 from torch._prims_common import suggest_memory_format
+from torch_batch_norm import EPS, assert_statistics, torch_batch_norm
+
+import gradaug_kernels as gk
 
 ROOT = Path(__file__).parent.parent
 SHIM = ROOT / "tests" / "host_shim"
@@ -237,7 +240,7 @@ def conv_request(job: ConvJob, which: str):
     return (which, integers, [], [*storages, None if bias is None else bias.clone()]), result
 
 
-RUNNERS = ("run_shim", "run_slim_conv2d")
+RUNNERS = ("run_shim", "run_slim_batch_norm", "run_slim_conv2d")
 # Text of csrc/cuda/slim_conv2d.cuh, what a planted defect makes of it, and the sanitizer that must notice.
 PLANTS = {
     "missing barrier": ("    __syncthreads();  // all of this step's chunks have arrived", "    // ", "tsan"),
@@ -380,3 +383,196 @@ def test_slim_conv2d(conv_results, which, sanitizer):
     print(f"\n{which} under {sanitizer}, {len(JOBS_UNDER[sanitizer])} cases; worst error / largest value:")
     for kind, (ours, theirs) in worst.items():
         print(f"  {kind:9} {ours:.1e}, PyTorch's {theirs:.1e}")
+
+
+# ---- Batch norm
+
+
+@dataclass(frozen=True)
+class BatchNormJob:
+    """A case of the operator, and what selects a kernel for it."""
+
+    case: BatchNormCase
+    dtype: torch.dtype = HALF
+    multiprocessors: int = 2  # more ask for more splits of the sums
+    pitch: int | None = None  # NHWC: elements from one pixel to the next, the first one 8 elements into the storage
+    needs_dz: bool = True
+
+
+def batch_norm_jobs() -> list[BatchNormJob]:
+    """The operator's cases, each in one dtype, then those that only these kernels tell apart."""
+    dtypes = (HALF, SINGLE, BFLOAT, DOUBLE, SINGLE)
+    cases = [case for case in batch_norm_cases() if case.shape[0] > 0]
+    both = {"residual": True, "relu": True}
+    return [
+        *(BatchNormJob(case, dtypes[i % len(dtypes)], needs_dz=i % 3 > 0) for i, case in enumerate(cases)),
+        BatchNormJob(BatchNormCase("splits", (2, 16, 17, 16), **both), BFLOAT, multiprocessors=16),
+        BatchNormJob(BatchNormCase("splits of odd channels", (2, 5, 17, 16), **both), SINGLE, multiprocessors=16),
+        BatchNormJob(
+            BatchNormCase("splits of planes", (6, 2, 9, 8), x_layout="nchw", **both), HALF, multiprocessors=16
+        ),
+        BatchNormJob(BatchNormCase("two tiles of channels", (2, 264, 2, 3), **both), BFLOAT),
+        BatchNormJob(BatchNormCase("two tiles of odd channels", (2, 37, 5, 5), **both), HALF),
+        BatchNormJob(BatchNormCase("wide rows of 16 bytes", (2, 24, 4, 5), **both), HALF, pitch=40),
+        BatchNormJob(BatchNormCase("wide rows of odd channels", (2, 23, 4, 5), **both), HALF, pitch=40),
+        BatchNormJob(BatchNormCase("planes of 16 bytes", (3, 5, 4, 6), x_layout="nchw", **both), BFLOAT),
+        BatchNormJob(BatchNormCase("planes of 16 bytes, float64", (2, 3, 5, 6), x_layout="nchw", **both), DOUBLE),
+        BatchNormJob(BatchNormCase("large planes", (1, 2, 33, 32), x_layout="nchw", relu=True), SINGLE),
+    ]
+
+
+BATCH_NORM_JOBS = batch_norm_jobs()
+BATCH_NORM_JOBS_UNDER = {"asan": BATCH_NORM_JOBS, "tsan": BATCH_NORM_JOBS[::3]}
+
+
+def batch_norm_lines(case: BatchNormCase, x: torch.Tensor):
+    """Rows or planes, as the binding chooses, and whether a tensor can be read where it lies."""
+    _, c, height, width = case.shape
+    rows = height * width == 1 or (suggest_memory_format(x) == NHWC and c > 1)
+    return rows, suggest_memory_format(x)
+
+
+def batch_norm_buffer(job: BatchNormJob, values: torch.Tensor, rows: bool, memory_format, wide: bool = True):
+    """A buffer that holds the values as the kernels may be given them, and its offset and two strides."""
+    n, c, height, width = values.shape
+    if rows and job.pitch and wide:
+        strides, offset = (height * width * job.pitch, 1, width * job.pitch, job.pitch), 8
+    else:
+        readable = values.permute(0, 2, 3, 1).flatten(0, 2) if rows else values.flatten(2)
+        in_place = readable.data_ptr() == values.data_ptr() and readable.stride(-1) == 1
+        strides, offset = (values if in_place else values.contiguous(memory_format=memory_format)).stride(), 0
+    buffer = Buffer.of(values, strides, offset)
+    if not rows:
+        return buffer, [offset, strides[0], strides[1]]
+    sizes_and_strides = zip((width, height, n), (strides[3], strides[2], strides[0]), strict=True)
+    return buffer, [offset, next((stride for size, stride in sizes_and_strides if size > 1), c), 0]
+
+
+def batch_norm_request(job: BatchNormJob, which: str):
+    """The runner's case, and the tensors in which results appear."""
+    case, dtype = job.case, job.dtype
+    tensors = case.tensors(dtype)
+    x = tensors["x"]
+    n, c, height, width = case.shape
+    rows, memory_format = batch_norm_lines(case, x)
+    lines = (n * height * width, c) if rows else (n, height * width)
+    stats_dtype = DOUBLE if dtype == DOUBLE else SINGLE
+    integers = [DTYPES[dtype], job.multiprocessors, rows, c, *lines]
+    storages, results = [], {}
+
+    def add(name: str, values: torch.Tensor | None, wide: bool = True):
+        buffer, places = (
+            (None, [0, 0, 0]) if values is None else batch_norm_buffer(job, values, rows, memory_format, wide)
+        )
+        storages.append(None if buffer is None else buffer.storage)
+        results[name] = buffer
+        integers.extend(places)
+
+    like_x = [tensors[p] is not None and tensors[p].dtype == dtype for p in ("weight", "bias")]
+    own = {p: None if tensors[p] is None else tensors[p][:c].clone() for p in ("weight", "bias")}
+    empty = torch.full(case.shape, float("nan"), dtype=dtype)
+    if which == "forward":
+        integers.append(case.relu)
+        for name in ("x", "residual"):
+            add(name, tensors[name])
+        add("y", empty, wide=False)
+        integers += like_x
+        storages += [own["weight"], own["bias"], tensors["mean"], tensors["var"]]
+        outputs = {name: torch.full((c,), float("nan"), dtype=stats_dtype) for name in ("mean", "var")}
+    else:
+        arguments = {name: tensors[name] for name in ("x", "weight", "bias", "mean", "var", "residual")}
+        y, mean, var = gk.slim_batch_norm(**arguments, relu=case.relu, eps=EPS)
+        integers.append(not case.given)
+        add("dy", tensors["dy"])
+        add("x", x)
+        add("y", y if case.relu else None, wide=False)
+        add("dx", empty, wide=False)
+        add("dz", empty if job.needs_dz else None, wide=False)
+        integers.append(like_x[0])
+        outputs = {}
+        for parameter, same in zip(("weight", "bias"), like_x, strict=True):
+            full = tensors[parameter]
+            outputs["d" + parameter] = None if full is None else torch.full_like(full, float("nan"))
+            integers += [same, 0 if full is None else len(full)]
+        storages.append(own["weight"])
+        storages += [*outputs.values(), mean, var]
+        results["given"] = y, mean, var
+        return (which, integers, [EPS], storages), results | outputs
+    storages += outputs.values()
+    return (which, integers, [EPS], storages), results | outputs
+
+
+def batch_norm_gradients(job: BatchNormJob, y: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """PyTorch's gradients in `dtype` of what lies before the ReLU, which y tells."""
+    case = job.case
+    tensors = {
+        n: None if t is None else t.to(dtype) if dtype == DOUBLE else t for n, t in case.tensors(job.dtype).items()
+    }
+    dz = tensors["dy"] * (y > 0) if case.relu else tensors["dy"]
+    inputs = {n: tensors[n].detach().requires_grad_() for n in ("x", "weight", "bias") if tensors[n] is not None}
+    plain = replace(case, relu=False, residual=False)
+    out = torch_batch_norm(plain, {**tensors, **inputs, "residual": None})
+    grads = torch.autograd.grad(out, list(inputs.values()), dz, allow_unused=True)
+    return {"dz": dz} | {
+        "d" + n: torch.zeros_like(inputs[n]) if g is None else g for n, g in zip(inputs, grads, strict=True)
+    }
+
+
+@pytest.fixture(scope="session")
+def batch_norm_results(runners, tmp_path_factory):
+    """sanitizer -> {(job, pass): results}."""
+
+    def make_requests(sanitizer):
+        keys = [(job, which) for job in BATCH_NORM_JOBS_UNDER[sanitizer] for which in ("forward", "backward")]
+        requests, buffers = zip(*(batch_norm_request(*key) for key in keys), strict=True)
+        return requests, dict(zip(keys, buffers, strict=True))
+
+    return run_under_sanitizers(runners, "run_slim_batch_norm", make_requests, tmp_path_factory.mktemp("batch_norm"))
+
+
+def summed_terms(case: BatchNormCase, dz: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> float:
+    """The size of what is rounded in a parameter's gradient: dz, dz * x_hat, what the rounding of the mean moves."""
+    mean, rstd = mean.double(), (var.double() + EPS).rsqrt()
+    x_hat = (case.tensors(DOUBLE)["x"] - mean[:, None, None]) * rstd[:, None, None]
+    norms = [(dz * factor).square().sum((0, 2, 3)).sqrt() for factor in (1, x_hat)]
+    return float((sum(norms) + dz.sum((0, 2, 3)).abs() * mean.abs() * rstd).max())
+
+
+def close_or_as_accurate(dtype: torch.dtype, ours, theirs, exact, **options) -> None:
+    if dtype == DOUBLE:
+        torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-9)
+    else:
+        assert_as_accurate(ours, theirs, exact, **options)
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_slim_batch_norm_forward(batch_norm_results, sanitizer):
+    for job in BATCH_NORM_JOBS_UNDER[sanitizer]:
+        results, tensors = batch_norm_results[sanitizer][job, "forward"], job.case.tensors(job.dtype)
+        y, mean, var = results["y"].view(), results["mean"], results["var"]
+        assert results["y"].outside().isnan().all(), job
+        exact = torch_batch_norm(job.case, {n: None if t is None else t.double() for n, t in tensors.items()})
+        close_or_as_accurate(job.dtype, y, torch_batch_norm(job.case, tensors), exact)
+        if job.case.given:
+            assert torch.equal(mean, tensors["mean"])
+            assert torch.equal(var, tensors["var"])
+        elif job.dtype != DOUBLE:
+            assert_statistics(tensors["x"], mean, var)
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_slim_batch_norm_backward(batch_norm_results, sanitizer):
+    for job in BATCH_NORM_JOBS_UNDER[sanitizer]:
+        results, case = batch_norm_results[sanitizer][job, "backward"], job.case
+        y = results["given"][0]
+        theirs, exact = (batch_norm_gradients(job, y, dtype) for dtype in (job.dtype, DOUBLE))
+        if job.needs_dz:
+            assert torch.equal(results["dz"].view(), theirs["dz"])
+        assert results["dx"].outside().isnan().all(), job
+        values = case.shape[0] * case.shape[2] * case.shape[3]
+        close_or_as_accurate(job.dtype, results["dx"].view(), theirs["dx"], exact["dx"], gradient=True, sharing=values)
+        terms = summed_terms(case, exact["dz"], *results["given"][1:])
+        for name in ("dweight", "dbias"):
+            if results[name] is not None:
+                close_or_as_accurate(job.dtype, results[name], theirs[name], exact[name], gradient=True, terms=terms)
+                assert results[name][case.channels :].count_nonzero() == 0

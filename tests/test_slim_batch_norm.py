@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from accuracy import assert_as_accurate
 from cases import BatchNormCase, batch_norm_cases
 from torch import Tensor
+from torch_batch_norm import EPS, assert_statistics, torch_batch_norm
 
 import gradaug_kernels as gk
 
@@ -22,7 +22,6 @@ LARGE = [  # more than one thread, many blocks of sums
     BatchNormCase("large planes of NCHW", (1, 2, 190, 191), relu=True, x_layout="nchw"),
     BatchNormCase("large mean of many values", (4, 40, 40, 41), center=300.0, spread=0.1),
 ]
-EPS = 1e-5
 OPERATOR = importlib.import_module("gradaug_kernels.ops.slim_batch_norm")
 
 
@@ -51,23 +50,6 @@ def ours(case: BatchNormCase, tensors: dict[str, Tensor | None]) -> tuple[Tensor
     return gk.slim_batch_norm(**arguments, relu=case.relu, eps=EPS)
 
 
-def torchs(case: BatchNormCase, tensors: dict[str, Tensor | None]) -> Tensor:
-    """y [N, C, H, W] of PyTorch's operators on the same slices."""
-    weight, bias = (None if tensors[n] is None else tensors[n][: case.channels] for n in ("weight", "bias"))
-    if weight is not None and bias is not None and weight.dtype != bias.dtype:
-        bias = bias.to(weight.dtype)
-    x = tensors["x"]
-    if tensors["mean"] is not None:
-        y = F.batch_norm(x, tensors["mean"], tensors["var"], weight, bias, eps=EPS)
-    elif x.numel() == case.channels:  # PyTorch refuses to normalise one value
-        y = torch.zeros_like(x) * x + (0 if bias is None else bias.to(x.dtype)[:, None, None])
-    else:
-        y = F.batch_norm(x, None, None, weight, bias, training=True, eps=EPS)
-    if tensors["residual"] is not None:
-        y = y + tensors["residual"]
-    return y.relu() if case.relu else y
-
-
 def gradients(function, case: BatchNormCase, tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
     inputs = leaves(tensors)
     y = function(case, {**tensors, **inputs})
@@ -81,19 +63,6 @@ def backward_arguments(case: BatchNormCase, tensors: dict[str, Tensor | None], n
     y, mean, var = ours(case, tensors)
     dy, x, weight, bias = (tensors[name] for name in ("dy", "x", "weight", "bias"))
     return dy, x, y if case.relu else None, weight, bias, mean, var, not case.given, needs_dz, EPS
-
-
-def assert_statistics(x: Tensor, mean: Tensor, var: Tensor) -> None:
-    """Beside those with which PyTorch's batch norm updates its running statistics."""
-    exact, count = x.double(), x.numel() // x.shape[1]
-    if count == 1:
-        assert torch.equal(mean, x[0, :, 0, 0].float())
-        assert torch.equal(var, torch.zeros_like(var))
-        return
-    torch_mean, torch_var = torch.zeros_like(mean), torch.zeros_like(var)
-    F.batch_norm(x, torch_mean, torch_var, training=True, momentum=1.0, eps=EPS)
-    assert_as_accurate(mean, torch_mean, exact.mean((0, 2, 3)))
-    assert_as_accurate(var * (count / (count - 1)), torch_var, exact.var((0, 2, 3)))
 
 
 @all_dtypes
@@ -112,7 +81,7 @@ def test_forward_is_as_accurate_as_torch(case, dtype):
         assert y.shape == x.shape
         assert case.given or torch.equal(torch.stack((mean, var)), torch.zeros(2, case.channels))
         return
-    assert_as_accurate(y, torchs(case, tensors), torchs(case, doubles(tensors)))
+    assert_as_accurate(y, torch_batch_norm(case, tensors), torch_batch_norm(case, doubles(tensors)))
     if not case.given:
         assert_statistics(x, mean, var)
 
@@ -125,7 +94,7 @@ def test_gradients_are_as_accurate_as_torch(case, dtype):
         assert all(g.count_nonzero() == 0 for g in gradients(ours, case, tensors).values())
         return
     got = gradients(ours, case, tensors)
-    torch_grads, exact = gradients(torchs, case, tensors), gradients(torchs, case, doubles(tensors))
+    torch_grads, exact = gradients(torch_batch_norm, case, tensors), gradients(torch_batch_norm, case, doubles(tensors))
     for name, grad in got.items():
         assert (grad.shape, grad.dtype) == (tensors[name].shape, tensors[name].dtype)
         if name in ("weight", "bias"):  # sums over a channel, which may cancel
@@ -147,8 +116,8 @@ def test_float64_equals_torch(case):
     y, mean, var = ours(case, tensors)
     assert (mean.dtype, var.dtype) == (torch.float64, torch.float64)
     loose = {"rtol": 1e-9, "atol": 1e-9 * max(1, abs(case.center) / case.spread)}
-    torch.testing.assert_close(y, torchs(case, tensors), **loose)
-    expected = gradients(torchs, case, tensors)
+    torch.testing.assert_close(y, torch_batch_norm(case, tensors), **loose)
+    expected = gradients(torch_batch_norm, case, tensors)
     for name, grad in gradients(ours, case, tensors).items():
         torch.testing.assert_close(grad / case.spread, expected[name] / case.spread, **loose)
 

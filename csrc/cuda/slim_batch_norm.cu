@@ -69,8 +69,7 @@ Statistic<A> statistic_of(const std::optional<Tensor>& t) {
 int multiprocessors() { return at::cuda::getCurrentDeviceProperties()->multiProcessorCount; }
 
 Tensor workspace_for(const Plan& plan, const Tensor& x) {
-  return at::empty({workspace_size(plan)},
-                   x.options().dtype(stats_dtype(x)).memory_format(at::MemoryFormat::Contiguous));
+  return at::empty({workspace_size(plan)}, x.options().dtype(at::kDouble));
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>& weight,
@@ -99,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<
     const bool aligned = vectorisable(tensors.x) && vectorisable(tensors.residual) && vectorisable(tensors.y);
     const Plan plan = make_plan<T>(extent_of(x, layout), aligned, multiprocessors());
     Tensor workspace = workspace_for(plan, x);
-    launch_forward(plan, tensors, relu, eps, workspace.mutable_data_ptr<A>(), at::cuda::getCurrentCUDAStream());
+    launch_forward(plan, tensors, relu, eps, workspace.mutable_data_ptr<double>(), at::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {y, mean, var};
@@ -139,7 +138,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
                          vectorisable(tensors.dx) && vectorisable(tensors.dz);
     const Plan plan = make_plan<T>(extent_of(x, layout), aligned, multiprocessors());
     Tensor workspace = workspace_for(plan, x);
-    launch_backward(plan, tensors, batch_stats, eps, workspace.mutable_data_ptr<A>(), at::cuda::getCurrentCUDAStream());
+    launch_backward(plan, tensors, batch_stats, eps, workspace.mutable_data_ptr<double>(),
+                    at::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {dx, dz, dweight, dbias};

@@ -9,8 +9,8 @@
 // (planes), blockIdx.y a range of lines, a split. Values are read and written 16 bytes at once where every pointer and
 // stride is a multiple of that, else one by one, with more lines in flight.
 //
-// Sums are taken twice in a fixed order, so results repeat: over a split in A (float; double for double), then over the
-// splits in double. Nothing synchronises or allocates: the launches can be captured into a graph.
+// Sums are taken in a fixed order, so results repeat: a thread's in A (float; double for double), the splits' in
+// double. Nothing synchronises or allocates: the launches can be captured into a graph.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -227,17 +227,22 @@ __device__ __forceinline__ void add_over_block(A (&v)[K]) {
   }
 }
 
-// Writes sums [2][kChannels] of the block's split to partial [2, splits, channels].
+// Adds sums [2][kChannels] over the block and writes them to partial [2, splits, channels]. The many threads of a plane
+// are added in double, which costs little for two sums.
 template <typename A, int V, bool kRows>
-__device__ __forceinline__ void write_partial(const Walk<V, kRows>& walk, A (&sums)[2 * Walk<V, kRows>::kChannels],
-                                              const Extent& e, A* partial) {
+__device__ __forceinline__ void write_partial(const Walk<V, kRows>& walk,
+                                              const A (&sums)[2 * Walk<V, kRows>::kChannels], const Extent& e,
+                                              double* partial) {
   constexpr int K = Walk<V, kRows>::kChannels;
-  add_over_block<A, 2 * K, kRows>(sums);
+  std::conditional_t<kRows, A, double> v[2 * K];
+#pragma unroll
+  for (int k = 0; k < 2 * K; ++k) v[k] = sums[k];
+  add_over_block<std::conditional_t<kRows, A, double>, 2 * K, kRows>(v);
   if (threadIdx.y != 0 || (!kRows && threadIdx.x != 0) || !walk.inside) return;
 #pragma unroll
   for (int i = 0; i < K; ++i) {
-    partial[static_cast<int64_t>(blockIdx.y) * e.channels + walk.channel + i] = sums[i];
-    partial[static_cast<int64_t>(gridDim.y + blockIdx.y) * e.channels + walk.channel + i] = sums[K + i];
+    partial[static_cast<int64_t>(blockIdx.y) * e.channels + walk.channel + i] = v[i];
+    partial[static_cast<int64_t>(gridDim.y + blockIdx.y) * e.channels + walk.channel + i] = v[K + i];
   }
 }
 
@@ -293,7 +298,7 @@ struct MomentsStep {
 // its threads' and writes partial [2, splits, channels], the blocks of split 0 also center [channels].
 template <typename T, int V, bool kRows>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    moments_kernel(Lines<const T> x, Extent e, Accumulator<T>* centers, Accumulator<T>* partial) {
+    moments_kernel(Lines<const T> x, Extent e, Accumulator<T>* centers, double* partial) {
   constexpr int K = Walk<V, kRows>::kChannels, U = V == 1 ? 8 : 4;
   const Walk<V, kRows> walk(e);
   MomentsStep<T, V, kRows> step;
@@ -313,16 +318,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 // Adds partial [2, splits, channels] over the splits: thread x is a channel, threads y take every kFinishLanes-th
 // split. Threads y = 0 get the sums.
-template <typename A>
-__device__ __forceinline__ void add_splits(const A* partial, int splits, int64_t channels, double& first,
+__device__ __forceinline__ void add_splits(const double* partial, int splits, int64_t channels, double& first,
                                            double& second) {
   __shared__ double lanes[2][kFinishLanes][kFinishChannels];
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kFinishChannels + threadIdx.x;
   first = second = 0;
   if (c < channels) {
     for (int s = threadIdx.y; s < splits; s += kFinishLanes) {
-      first += static_cast<double>(partial[s * channels + c]);
-      second += static_cast<double>(partial[(splits + s) * channels + c]);
+      first += partial[s * channels + c];
+      second += partial[(splits + s) * channels + c];
     }
   }
   lanes[0][threadIdx.y][threadIdx.x] = first;
@@ -339,7 +343,7 @@ __device__ __forceinline__ void add_splits(const A* partial, int splits, int64_t
 // given statistics. Writes mean, var [channels] and center, scale, offset: coefficients [3, channels].
 template <typename T>
 __global__ void __launch_bounds__(kFinishLanes* kFinishChannels)
-    finish_forward_kernel(const Accumulator<T>* partial, const Accumulator<T>* centers, int splits, int64_t channels,
+    finish_forward_kernel(const double* partial, const Accumulator<T>* centers, int splits, int64_t channels,
                           int64_t count, Statistic<Accumulator<T>> given_mean, Statistic<Accumulator<T>> given_var,
                           Parameter weight, Parameter bias, double eps, Accumulator<T>* mean, Accumulator<T>* var,
                           Accumulator<T>* coefficients) {
@@ -454,7 +458,7 @@ struct GradientSumsStep {
 template <typename T, int V, bool kRows>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     gradient_sums_kernel(Lines<const T> dy, Lines<const T> x, Lines<const T> y, Lines<T> dz, Extent e,
-                         Statistic<Accumulator<T>> mean, Accumulator<T>* partial) {
+                         Statistic<Accumulator<T>> mean, double* partial) {
   using A = Accumulator<T>;
   constexpr int K = Walk<V, kRows>::kChannels, U = V > 1 ? 1 : sizeof(T) == 8 ? 2 : 4;
   const Walk<V, kRows> walk(e);
@@ -481,7 +485,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 // the statistics were given.
 template <typename T>
 __global__ void __launch_bounds__(kFinishLanes* kFinishChannels)
-    finish_backward_kernel(const Accumulator<T>* partial, int splits, int64_t channels, double inv_m,
+    finish_backward_kernel(const double* partial, int splits, int64_t channels, double inv_m,
                            Statistic<Accumulator<T>> mean, Statistic<Accumulator<T>> var, Parameter weight, double eps,
                            ParameterGradient dweight, ParameterGradient dbias, Accumulator<T>* coefficients) {
   using A = Accumulator<T>;
@@ -625,7 +629,10 @@ inline dim3 finish_grid(int64_t channels) {
   return dim3(static_cast<unsigned>((channels + kFinishChannels - 1) / kFinishChannels));
 }
 
-// Elements of type A that a call's workspace must have.
+// A call's workspace: partial sums in double, then four coefficients of every channel in A. Its size in doubles.
+inline double* after_partial(const Plan& plan, double* workspace) {
+  return workspace + 2 * plan.splits * plan.extent.channels;
+}
 inline int64_t workspace_size(const Plan& plan) { return (2 * plan.splits + 4) * plan.extent.channels; }
 
 // given_mean and given_var are null for batch statistics; mean, var [channels] are written.
@@ -639,12 +646,12 @@ struct ForwardTensors {
 };
 
 template <typename T>
-void launch_forward(const Plan& plan, const ForwardTensors<T>& t, bool with_relu, double eps, Accumulator<T>* workspace,
+void launch_forward(const Plan& plan, const ForwardTensors<T>& t, bool with_relu, double eps, double* workspace,
                     cudaStream_t stream) {
   const Extent& e = plan.extent;
-  Accumulator<T>* coefficients = workspace;              // [3, channels]
-  Accumulator<T>* centers = workspace + 3 * e.channels;  // [channels]
-  Accumulator<T>* partial = workspace + 4 * e.channels;  // [2, splits, channels]
+  double* partial = workspace;                                                             // [2, splits, channels]
+  auto* coefficients = reinterpret_cast<Accumulator<T>*>(after_partial(plan, workspace));  // [3, channels]
+  Accumulator<T>* centers = coefficients + 3 * e.channels;                                 // [channels]
   with_plan<T>(plan, [&](auto vector, auto rows) {
     if (t.given_mean.data == nullptr) {
       auto* moments = moments_kernel<T, vector, rows>;
@@ -671,11 +678,11 @@ struct BackwardTensors {
 };
 
 template <typename T>
-void launch_backward(const Plan& plan, const BackwardTensors<T>& t, bool batch_stats, double eps,
-                     Accumulator<T>* workspace, cudaStream_t stream) {
+void launch_backward(const Plan& plan, const BackwardTensors<T>& t, bool batch_stats, double eps, double* workspace,
+                     cudaStream_t stream) {
   const Extent& e = plan.extent;
-  Accumulator<T>* coefficients = workspace;              // [4, channels]
-  Accumulator<T>* partial = workspace + 4 * e.channels;  // [2, splits, channels]
+  double* partial = workspace;                                                             // [2, splits, channels]
+  auto* coefficients = reinterpret_cast<Accumulator<T>*>(after_partial(plan, workspace));  // [4, channels]
   const double inv_m = batch_stats ? 1.0 / static_cast<double>(e.count()) : 0.0;
   int64_t parameters = e.channels;
   if (t.dweight.data != nullptr && t.dweight.size > parameters) parameters = t.dweight.size;
