@@ -196,6 +196,15 @@ def test_plain_training_bf16_and_held_out_images(command, no_curves, tmp_path):
 # ---- stopping and going on
 
 
+@pytest.fixture
+def ctrl_c_interrupts():
+    """As in a terminal; a shell starts its background jobs with SIGINT ignored, and Python leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(command, whole, no_curves, tmp_path, monkeypatch, stop):
     steps, call = [], gk.GradAug.__call__
