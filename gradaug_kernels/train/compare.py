@@ -12,7 +12,8 @@ A comparison is a TOML file:
     [methods.gradaug]
 
 At equal epochs each method trains for the preset's epochs. At equal compute it trains for as many as take the
-multiply-adds of the costliest method at equal epochs, which are counted, not timed.
+multiply-adds of the costliest method at equal epochs, which are counted, not timed. The seconds in the table are those
+of training: of processor time on a CPU, which other work on the machine does not change, and of the clock on a GPU.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ from .compare_report import BUDGETS, summarise, write_figure, write_markdown, wr
 from .config import Config, difference, load_config
 from .cost import step_cost
 from .folder import CHECKPOINT, FREE_ON_RESUME
-from .run import train
+from .run import find_device, train
 
 COMPARISONS = Path(__file__).parent / "comparisons"
 FILES = ("runs.csv", "table.csv", "table.md", "figure.png", "log.txt")
@@ -124,8 +125,7 @@ def compare(comparison: Comparison, out: str | Path, command: str) -> list[dict[
             out.mkdir(parents=True, exist_ok=True)
             with open(out / "log.txt", "a") as log, contextlib.redirect_stdout(log):
                 summary = train(planned.config, folder, resume=resume, overwrite=not resume)
-        with open(folder / "metrics.csv", newline="") as file:
-            seconds = sum(float(row["seconds"]) for row in csv.DictReader(file))
+        seconds = _seconds(folder, planned.config)
         print(f"{label}: {summary['top1']:.2f} %, {seconds:.0f} s", flush=True)
         rows += [
             {
@@ -194,6 +194,12 @@ def _finished(folder, config):
         raise ValueError(f"{folder} must be a run of this comparison, got one of another {key}; take another --out")
     path = folder / "summary.json"
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _seconds(folder, config):
+    column = "cpu_seconds" if find_device(config.train.device).type == "cpu" else "seconds"
+    with open(folder / "metrics.csv", newline="") as file:
+        return sum(float(row[column]) for row in csv.DictReader(file))
 
 
 def _setting(config, summary):

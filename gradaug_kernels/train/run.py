@@ -151,7 +151,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, overwrite: b
 
 def _train_epoch(step, model, average, augmentation, loader, epoch, epochs, config, device):
     """One epoch. Returns: its row of metrics.csv, without the evaluation."""
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     model.train()
     loader.set_epoch(epoch)
     torch.manual_seed(mix_seed(config.train.seed, epoch))  # dropout and the like, so that a resumed epoch repeats them
@@ -180,6 +180,7 @@ def _train_epoch(step, model, average, augmentation, loader, epoch, epochs, conf
         **dict(zip(names, means, strict=True)),
         "train_top1": 100 * correct.item() / count,
         "seconds": seconds,
+        "cpu_seconds": time.process_time() - cpu_started,
         "images_per_second": count / seconds,
     }
 
