@@ -1,5 +1,9 @@
 """slim_conv2d and its gradients: the kernels that serve the CPU, beside PyTorch's own convolution of the slice."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -234,6 +238,40 @@ def test_inside_autocast(buffer_dtype):
         dweight = weight_grad(CASES[0], x, dy, torch.zeros_like(weight, dtype=buffer_dtype))
     assert torch.equal(dx, input_grad(CASES[0], x, weight, dy))
     assert torch.equal(dweight, weight_grad(CASES[0], x, dy, torch.zeros_like(weight, dtype=buffer_dtype)))
+
+
+# ---- which kernels run
+
+
+def torch_convolutions(dtype: torch.dtype) -> set[str]:
+    """PyTorch's own convolutions that a dense NHWC case calls, forward and backward."""
+    x, weight, _ = CASES[0].tensors(dtype)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = weight.contiguous(memory_format=torch.channels_last).requires_grad_()
+    with torch.profiler.profile() as profile:
+        y = forward(CASES[0], x, weight, None)
+        y.backward(torch.randn(y.shape).contiguous(memory_format=torch.channels_last))
+    return {event.name for event in profile.events() if event.name.startswith("aten::") and "conv" in event.name}
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="needs AVX2 or AVX-512")
+def test_dense_convolutions_run_on_our_kernels():
+    assert torch_convolutions(torch.float32) == set()
+    assert torch_convolutions(torch.float64) != set(), "what the profiler shows where PyTorch's run"
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_other_instruction_sets(capability):
+    """The kernels that a lesser CPU would run, on this one: the accuracy tests in a process of their own."""
+    order = ["DEFAULT", "AVX2", "AVX512"]
+    found = torch.backends.cpu.get_cpu_capability()
+    if found not in order or order.index(capability.upper()) >= order.index(found):
+        pytest.skip(f"torch uses {found} here, which is not above {capability}")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    chosen = "(as_accurate and (float32 or bfloat16) and not large) or our_kernels"
+    done = subprocess.run([*command, "-k", chosen], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
 
 
 # ---- errors: expected, then received
