@@ -11,6 +11,8 @@
 
 namespace gradaug::cpu {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // [N, H, W, C] with any strides of N, H and W, counted in elements; channels are adjacent.
 struct Image {
   const void* data;
@@ -55,5 +57,11 @@ struct WeightGrad {
 };
 void conv_weight_grad(const Kernels& kernels, int64_t batch, const ConvAxis& h, const ConvAxis& w, const Image& dy,
                       int64_t out, const Image& x, int64_t in, const WeightGrad& dweight);
+
+// The same by Winograd's algorithm; false, and nothing done, where it does not apply or does not pay.
+bool winograd_conv(const Kernels& kernels, int64_t batch, const GatherAxis& h, const GatherAxis& w, const Image& x,
+                   int64_t depth, const Weight& weight, const float* bias, Image y, int64_t columns);
+bool winograd_weight_grad(const Kernels& kernels, int64_t batch, const ConvAxis& h, const ConvAxis& w, const Image& dy,
+                          int64_t out, const Image& x, int64_t in, const WeightGrad& dweight);
 
 }  // namespace gradaug::cpu

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "band.h"
+#include "panels.h"
 
 namespace gradaug::cpu {
 namespace {
@@ -15,7 +16,6 @@ namespace {
 constexpr int64_t kBandUnits = 48 * 1024;  // 192 KiB: a band and a panel share a cache of 1 MiB or more
 constexpr int64_t kMinPixels = 48;         // a panel that comes from the third level is used for this many pixels
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t span(const GatherAxis& axis) { return axis.offset.back() - axis.offset.front(); }
 
 // One row of all pixels, for an unpadded convolution of one tap whose pixels are evenly spaced in memory.
@@ -45,17 +45,6 @@ bool is_direct(const Kernels& kernels, const GatherAxis& h, const GatherAxis& w,
   return units && x.w % kernels.pair == 0 && x.h % kernels.pair == 0 && x.n % kernels.pair == 0;
 }
 
-// Panels [tap, depth units, columns] one after another; each has `panel` columns in memory but the last, which has
-// `lanes` where those suffice.
-struct Panels {
-  int64_t taps, units, columns, panel, lanes;
-  int64_t count() const { return ceil_div(columns, panel); }
-  int64_t valid(int64_t p) const { return std::min(panel, columns - p * panel); }
-  int64_t stored(int64_t p) const { return valid(p) > lanes ? panel : lanes; }
-  int64_t offset(int64_t p) const { return p * panel * taps * units; }
-  int64_t size() const { return count() * panel * taps * units; }
-};
-
 void pack(const Kernels& kernels, float* packed, const Panels& panels, const GatherAxis& h, const GatherAxis& w,
           const Weight& weight, int64_t depth) {
   const int64_t taps_w = w.tap.size();
@@ -74,6 +63,7 @@ void pack(const Kernels& kernels, float* packed, const Panels& panels, const Gat
 
 void gather_conv(const Kernels& kernels, int64_t batch, const GatherAxis& h_axis, const GatherAxis& w_axis, Image x,
                  int64_t depth, const Weight& weight, const float* bias, Image y, int64_t columns) {
+  if (winograd_conv(kernels, batch, h_axis, w_axis, x, depth, weight, bias, y, columns)) return;
   GatherAxis h = h_axis, w = w_axis;
   flatten(batch, h, w, x, y);
   const int64_t units = ceil_div(depth, kernels.pair);  // of a tap

@@ -14,6 +14,8 @@
 #define GRADAUG_UNROLL _Pragma("GCC unroll 16")
 #endif
 
+#include "winograd_kernels.h"
+
 namespace gradaug::cpu {
 namespace {
 
@@ -142,7 +144,7 @@ void outer_tile(const OuterTile& tile) {
       const float* a = tile.a + n * tile.a_image + h * tile.a_row;
       const float* b = tile.b + n * tile.b_image + h * tile.b_row;
       for (int64_t begin = 0, end; begin < tile.pixels; begin = end) {
-        end = S::pair == 1 && tile.pixels - begin > 2 * kMinChunk ? begin + 2 * kMinChunk : tile.pixels;
+        end = S::pair == 1 && tile.pixels - begin > tile.chunk ? begin + tile.chunk : tile.pixels;
         for (int64_t p = begin; p < end; p++, a += tile.a_pixel, b += tile.b_pixel) {
           V x[kVectors];
           GRADAUG_UNROLL
@@ -155,7 +157,7 @@ void outer_tile(const OuterTile& tile) {
           }
         }
         chunk += end - begin;
-        if (S::pair == 1 && chunk >= kMinChunk) {
+        if (S::pair == 1 && chunk >= tile.chunk) {
           add<S, kRows, kVectors>(total, sum, chunked);
           clear<S, kRows, kVectors>(sum);
           chunked = true;
@@ -296,8 +298,20 @@ struct Impl {
     }
   }
 
-  static constexpr Kernels table = {S::pair, S::lanes,    2 * S::lanes, S::max_rows, gemm,
-                                    outer,   load_pixels, pack_panel,   load_panels, zip_panels};
+  using W = Winograd<S>;
+  static constexpr Kernels table = {
+      S::pair,
+      S::lanes,
+      2 * S::lanes,
+      S::max_rows,
+      gemm,
+      outer,
+      load_pixels,
+      pack_panel,
+      load_panels,
+      zip_panels,
+      {W::input_tile, W::gradient_tile, W::weight, W::output_tile, W::add_weight_grad},
+  };
 };
 
 }  // namespace

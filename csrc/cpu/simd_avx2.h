@@ -43,8 +43,10 @@ struct Avx2 {
     if (n & 1) _mm_store_ss(p, half);
   }
   static V broadcast(const float* p) { return _mm256_broadcast_ss(p); }
+  static V constant(float x) { return _mm256_set1_ps(x); }
   static V add(V a, V b) { return _mm256_add_ps(a, b); }
   static V sub(V a, V b) { return _mm256_sub_ps(a, b); }
+  static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   static V unit_fma(V a, V b, V c) { return fma(a, b, c); }
 

@@ -48,8 +48,10 @@ struct Avx512 {
     if (n & 1) _mm_store_ss(p, quarter);
   }
   static V broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  static V constant(float x) { return _mm512_set1_ps(x); }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
   static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+  static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 
   // The product of two units, added to c.

@@ -14,8 +14,6 @@
 namespace gradaug::cpu {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct Range {
   int64_t begin, end;
   int64_t size() const { return end - begin; }
@@ -273,6 +271,7 @@ void conv_weight_grad(const Kernels& kernels, int64_t batch, const ConvAxis& h_a
   if (w_axis.kernel > 1 && w_axis.dilation == 1 && in <= 4) {
     return few_channels(kernels, batch, h_axis, w_axis, dy, out, x, in, dweight);
   }
+  if (winograd_weight_grad(kernels, batch, h_axis, w_axis, dy, out, x, in, dweight)) return;
   ConvAxis h = h_axis, w = w_axis;
   flatten(batch, h, w, dy, x);
   const int64_t size = out * h.kernel * w.kernel * in, threads = at::get_num_threads();

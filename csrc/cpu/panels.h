@@ -1,0 +1,22 @@
+// How a matrix of weights is stored for the tiles of kernels.h.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "conv.h"
+
+namespace gradaug::cpu {
+
+// Panels [tap, depth units, columns] one after another; each has `panel` columns in memory but the last, which has
+// `lanes` where those suffice.
+struct Panels {
+  int64_t taps, units, columns, panel, lanes;
+  int64_t count() const { return ceil_div(columns, panel); }
+  int64_t valid(int64_t p) const { return std::min(panel, columns - p * panel); }
+  int64_t stored(int64_t p) const { return valid(p) > lanes ? panel : lanes; }
+  int64_t offset(int64_t p) const { return p * panel * taps * units; }
+  int64_t size() const { return count() * panel * taps * units; }
+};
+
+}  // namespace gradaug::cpu
