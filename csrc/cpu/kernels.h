@@ -42,18 +42,20 @@ struct OuterTile {
   int columns;   // of b: 1 to panel
 };
 
-// The transforms of winograd.cpp. Places of a tile and taps of a kernel are `tap` floats apart, row by row; whole
-// vectors are read and written but where n elements are named.
+// The transforms of winograd.cpp, for tiles of m x m outputs and n x n inputs. Places of a tile and taps of a kernel
+// are `tap` floats apart, row by row; whole vectors are read and written but where n elements are named.
 struct WinogradKernels {
-  // dst[place][k / panel][k % panel] = B^T d B of 4 x 4 pixels; panels are dst_panel apart.
-  void (*input_tile)(float* dst, int64_t dst_tap, int64_t panel, int64_t dst_panel, const void* const pixels[16],
+  int outputs, inputs;  // m, n = m + 2
+
+  // dst[place][k / panel][k % panel] = B^T d B of n x n pixels; panels are dst_panel apart.
+  void (*input_tile)(float* dst, int64_t dst_tap, int64_t panel, int64_t dst_panel, const void* const* pixels,
                      Dtype dtype, int64_t channels);
-  // dst[place][k] = A dY A^T of 2 x 2 pixels.
-  void (*gradient_tile)(float* dst, int64_t dst_tap, const void* const pixels[4], Dtype dtype, int64_t channels);
+  // dst[place][k] = A dY A^T of m x m pixels.
+  void (*gradient_tile)(float* dst, int64_t dst_tap, const void* const* pixels, Dtype dtype, int64_t channels);
   // dst[place][k] = G g G^T of 3 x 3 taps src[tap][k].
   void (*weight)(float* dst, int64_t dst_tap, const float* src, int64_t src_tap, int64_t count);
-  // 2 x 2 pixels = A^T m A + bias of src[place][j], for j < columns; a null pixel is not stored.
-  void (*output_tile)(void* const pixels[4], Dtype dtype, const float* src, int64_t src_tap, const float* bias,
+  // m x m pixels = A^T m A + bias of src[place][j], for j < columns; a null pixel is not stored.
+  void (*output_tile)(void* const* pixels, Dtype dtype, const float* src, int64_t src_tap, const float* bias,
                       int64_t columns);
   // taps[tap][k] += G^T u G of src[place][k], for k < count.
   void (*add_weight_grad)(float* const taps[9], const float* src, int64_t src_tap, int64_t count);
@@ -82,7 +84,7 @@ struct Kernels {
   // apart; zeros where one is null, and up to whole panels. For pair = 2 only.
   void (*zip_panels)(float* dst, int64_t width, int64_t dst_panel, const uint16_t* first, const uint16_t* second,
                      int64_t channels);
-  WinogradKernels winograd;
+  const WinogradKernels* winograd[2];  // m = 2, 4
 };
 
 // The best kernels this processor (and ATEN_CPU_CAPABILITY) allows for a dtype; null where PyTorch's own are better.

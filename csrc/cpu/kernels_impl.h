@@ -11,7 +11,7 @@
 #if defined(__clang__)
 #define GRADAUG_UNROLL _Pragma("unroll")
 #else
-#define GRADAUG_UNROLL _Pragma("GCC unroll 16")
+#define GRADAUG_UNROLL _Pragma("GCC unroll 36")
 #endif
 
 #include "winograd_kernels.h"
@@ -298,7 +298,6 @@ struct Impl {
     }
   }
 
-  using W = Winograd<S>;
   static constexpr Kernels table = {
       S::pair,
       S::lanes,
@@ -310,7 +309,7 @@ struct Impl {
       pack_panel,
       load_panels,
       zip_panels,
-      {W::input_tile, W::gradient_tile, W::weight, W::output_tile, W::add_weight_grad},
+      {&Winograd<S, F2<S>>::table, &Winograd<S, F4<S>>::table},
   };
 };
 

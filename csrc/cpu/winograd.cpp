@@ -1,13 +1,13 @@
-// 3x3 convolutions of stride 1 with 16 multiplications where the definition has 36: Winograd's F(2 x 2, 3 x 3), as in
-// Lavin & Gray, "Fast algorithms for convolutional neural networks", CVPR 2016. For a tile d of 4 x 4 inputs, which
-// overlaps its neighbours by two pixels, and its 2 x 2 outputs Y:
+// 3x3 convolutions of stride 1 by Winograd's minimal filtering F(m x m, 3 x 3), as in Lavin & Gray, "Fast algorithms
+// for convolutional neural networks", CVPR 2016. For a tile d of n x n inputs, n = m + 2, which overlaps its neighbours
+// by two pixels, and its m x m outputs Y:
 //
 //   Y  = A^T [(G g G^T) . (B^T d B)] A                forward; the input gradient is one of a flipped kernel
 //   dg = G^T [sum of (A dY A^T) . (B^T d B)] G        weight gradient
 //
-// The products at the 16 places of a tile are 16 matrix products over channels, or over tiles for the gradient, on the
-// tiles of kernels.h. For float32 arithmetic only: where pairs of bfloat16 are multiplied, the transformed values would
-// be rounded once more.
+// The products at the n x n places of a tile are matrix products over channels, or over tiles for the gradient, on the
+// tiles of kernels.h: 16 multiplications instead of 36 for m = 2, 36 instead of 144 for m = 4. They are float32, for
+// 16-bit images too: the transformed values would not stand another rounding to 8 bits.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -17,37 +17,40 @@
 namespace gradaug::cpu {
 namespace {
 
-constexpr int64_t kPlaces = 16;
-constexpr int64_t kInputUnits = 160 * 1024;      // transformed inputs of a block: most of a second-level cache
-constexpr int64_t kGradientUnits = 1024 * 1024;  // both operands of a block of the weight gradient, for all threads
-constexpr int64_t kPackedDepth = 64;             // channels of the weight that are transformed at a time
-// The time of transforming a weight, and of clearing and transforming the sums of its gradient, in multiplications.
-constexpr int64_t kTransformed = 700, kSummed = 1500;
+constexpr int64_t kInputUnits = 160 * 1024;       // transformed inputs of a block: most of a second-level cache
+constexpr int64_t kSharedUnits = 4096 * 1024;     // what may be transformed at once: most of a third-level cache
+constexpr int64_t kGradientUnits = 2048 * 1024;   // both operands of a block of the weight gradient, for all threads
+constexpr int64_t kOuterTiles = 128;              // tiles whose panel of inputs stays in the first-level cache
+constexpr int64_t kPackedDepth = 64;              // channels of the weight that are transformed at a time
+constexpr double kOnce = 30;                      // time of transforming one place of a weight, in multiplications
+constexpr int kMaxInputs = 36, kMaxOutputs = 16;  // of a tile
 
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Tiles of 2 x 2 outputs of a batch, in the order of images, rows and columns.
+// Tiles of m x m outputs of a batch, in the order of images, rows and columns.
 struct Tiles {
-  int64_t batch, height, width;  // of the outputs
-  int64_t down() const { return ceil_div(height, 2); }
-  int64_t across() const { return ceil_div(width, 2); }
+  int64_t m, batch, height, width;  // of the outputs
+  int64_t down() const { return ceil_div(height, m); }
+  int64_t across() const { return ceil_div(width, m); }
   int64_t count() const { return batch * down() * across(); }
   int64_t image(int64_t t) const { return t / (down() * across()); }
-  int64_t row(int64_t t) const { return t / across() % down() * 2; }
-  int64_t column(int64_t t) const { return t % across() * 2; }
+  int64_t row(int64_t t) const { return t / across() % down() * m; }
+  int64_t column(int64_t t) const { return t % across() * m; }
 };
 
-// The kSize x kSize pixels from (row, column) of image n; `outside` for those that are none.
-template <int kSize>
-void pixels_of(const Image& image, int64_t n, int64_t row, int64_t column, int64_t height, int64_t width,
-               const void* outside, const void* pixels[kSize * kSize]) {
-  for (int i = 0; i < kSize; i++) {
-    for (int j = 0; j < kSize; j++) {
+// The size x size pixels from (row, column) of image n; `outside` for those that are none.
+void pixels_of(const Image& image, int64_t n, int64_t row, int64_t column, int64_t height, int64_t width, int size,
+               const void* outside, const void** pixels) {
+  for (int i = 0; i < size; i++) {
+    for (int j = 0; j < size; j++, pixels++) {
       const bool inside = row + i >= 0 && row + i < height && column + j >= 0 && column + j < width;
-      pixels[kSize * i + j] = inside ? image.at(n, row + i, column + j) : outside;
+      *pixels = inside ? image.at(n, row + i, column + j) : outside;
     }
   }
 }
+
+// The kernels that multiply floats, where `direct` may multiply pairs.
+const Kernels& of_floats(const Kernels& direct) { return direct.pair == 1 ? direct : *avx512_kernels(); }
 
 // Whether three taps read three neighbours, for adjacent outputs.
 bool is_dense(const GatherAxis& axis) {
@@ -55,177 +58,279 @@ bool is_dense(const GatherAxis& axis) {
          axis.offset[1] == axis.offset[0] + 1 && axis.offset[2] == axis.offset[0] + 2;
 }
 
-// Whether it takes less time than the definition. once: what is done once for each weight, in multiplications.
-bool pays(const Kernels& kernels, const Tiles& tiles, int64_t in, int64_t out, int64_t once) {
-  if (kernels.pair != 1 || std::min(in, out) < kernels.lanes) return false;
-  const int64_t direct = 9 * tiles.batch * tiles.height * tiles.width;
-  return 10 * (kPlaces * tiles.count() + once) < 9 * direct;
+// The tiles that take the least time, estimated in multiplications; null where the definition takes less.
+// pair: products that the direct kernels make in the time of one.
+const WinogradKernels* choose(const Kernels& kernels, int pair, int64_t batch, int64_t height, int64_t width,
+                              int64_t in, int64_t out, bool large_tiles) {
+  if (std::min(in, out) < kernels.lanes) return nullptr;
+  const WinogradKernels* best = nullptr;
+  double least = 0.9 * 9 * batch * height * width / pair;
+  for (const WinogradKernels* tile : kernels.winograd) {
+    if (tile->outputs > 2 && !large_tiles) continue;
+    const Tiles tiles{tile->outputs, batch, height, width};
+    const double places = tile->inputs * tile->inputs, transforms = 1 + 8. / in + 8. / out;
+    const double time = places * (tiles.count() * transforms + kOnce);
+    if (time < least) least = time, best = tile;
+  }
+  return best;
 }
 
-// G g G^T of the weight, in panels whose taps are the places of a tile.
-void transform_weight(const Kernels& kernels, float* packed, const Panels& panels, const GatherAxis& h,
-                      const GatherAxis& w, const Weight& weight) {
-  const int64_t depth = panels.units, chunks = ceil_div(depth, kPackedDepth);
-  at::parallel_for(0, panels.count() * chunks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> taps(9 * kPackedDepth * panels.panel);
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t p = i / chunks, k = i % chunks * kPackedDepth, stored = panels.stored(p);
-      const int64_t channels = std::min(kPackedDepth, depth - k);
+// A convolution as matrix products [tiles, depth] x [depth, columns], one for each place, in three steps.
+class Conv {
+ public:
+  Conv(const Kernels& kernels, const WinogradKernels& winograd, const Tiles& tiles, const GatherAxis& h,
+       const GatherAxis& w, const Image& x, int64_t depth, const Weight& weight, const float* bias, const Image& y,
+       int64_t columns)
+      : pixel(round_up(depth, kernels.lanes) + kernels.lanes),
+        places(winograd.inputs * winograd.inputs),
+        panels{places, depth, columns, kernels.panel, kernels.lanes},
+        kernels_(kernels),
+        winograd_(winograd),
+        tiles_(tiles),
+        h_(h),
+        w_(w),
+        x_(x),
+        weight_(weight),
+        y_(y),
+        zeros_(depth),
+        bias_(bias ? panels.count() * panels.panel : 0) {
+    if (bias) std::copy(bias, bias + columns, bias_.begin());
+  }
+
+  const int64_t pixel, places;  // units from a tile's inputs to the next tile's
+  const Panels panels;
+
+  // The places of a tile, a multiple of 4 KiB apart, would share one set of the first-level cache.
+  int64_t place_of_inputs(int64_t count) const { return count * pixel + kernels_.lanes; }
+  int64_t place_of_outputs(int64_t count) const { return count * panels.panel + kernels_.lanes; }
+
+  // dst [place, channels, panel] of panel p, whose places are panels.units apart: channels from k on
+  void transform_weight(float* dst, int64_t p, int64_t k, int64_t channels) const {
+    const int64_t stored = panels.stored(p);
+    std::vector<float> taps(9 * kPackedDepth * stored);
+    for (const int64_t end = k + channels; k < end; k += kPackedDepth) {
+      const int64_t some = std::min(kPackedDepth, end - k);
       for (int64_t t = 0; t < 9; t++) {
-        kernels.pack_panel(taps.data() + t * channels * stored, stored,
-                           weight.at(h.tap[t / 3], w.tap[t % 3], k, p * panels.panel), weight.dtype, channels,
-                           panels.valid(p), weight.depth, weight.column);
+        kernels_.pack_panel(taps.data() + t * some * stored, stored,
+                            weight_.at(h_.tap[t / 3], w_.tap[t % 3], k, p * panels.panel), weight_.dtype, some,
+                            panels.valid(p), weight_.depth, weight_.column);
       }
-      kernels.winograd.weight(packed + panels.offset(p) + k * stored, depth * stored, taps.data(), channels * stored,
-                              channels * stored);
+      winograd_.weight(dst + k * stored, panels.units * stored, taps.data(), some * stored, some * stored);
+    }
+  }
+
+  // dst [place, tile, depth]: tile t
+  void transform_inputs(float* dst, int64_t place, int64_t t) const {
+    const void* pixels[kMaxInputs];
+    pixels_of(x_, tiles_.image(t), tiles_.row(t) + h_.offset[0], tiles_.column(t) + w_.offset[0], h_.inputs, w_.inputs,
+              winograd_.inputs, zeros_.data(), pixels);
+    winograd_.input_tile(dst, place, kernels_.lanes, kernels_.lanes, pixels, x_.dtype, panels.units);
+  }
+
+  // The outputs of `count` tiles from `first` on, panel p. inputs: of the first of them; outputs: memory for the sums.
+  void multiply(const float* weight, int64_t p, const float* inputs, int64_t place, float* outputs, int64_t first,
+                int64_t count) const {
+    const int64_t output_place = place_of_outputs(count), stored = panels.stored(p), no_tap = 0;
+    const int64_t row_tiles = ceil_div(count, kernels_.max_rows);
+    for (int64_t e = 0; e < places; e++) {
+      for (int64_t i = 0; i < row_tiles; i++) {
+        const int64_t row = count * i / row_tiles;
+        GemmTile tile{};
+        tile.a = inputs + e * place + row * pixel;
+        tile.a_row = pixel;
+        tile.tap_offset = &no_tap;
+        tile.taps = 1;
+        tile.b = weight + e * panels.units * stored;
+        tile.depth = panels.units;
+        tile.c = outputs + e * output_place + row * panels.panel;
+        tile.c_row = panels.panel;
+        tile.rows = count * (i + 1) / row_tiles - row;
+        tile.columns = stored;
+        kernels_.gemm(tile, Dtype::f32);
+      }
+    }
+    const int m = winograd_.outputs;
+    for (int64_t t = first; t < first + count; t++, outputs += panels.panel) {
+      const void* pixels[kMaxOutputs];
+      pixels_of(y_, tiles_.image(t), tiles_.row(t), tiles_.column(t), h_.outputs, w_.outputs, m, nullptr, pixels);
+      void* to[kMaxOutputs];
+      for (int i = 0; i < m * m; i++) {
+        char* pixel = static_cast<char*>(const_cast<void*>(pixels[i]));
+        to[i] = pixel ? pixel + p * panels.panel * size_of(y_.dtype) : nullptr;
+      }
+      winograd_.output_tile(to, y_.dtype, outputs, output_place, bias_.empty() ? nullptr : &bias_[p * panels.panel],
+                            panels.valid(p));
+    }
+  }
+
+ private:
+  const Kernels& kernels_;
+  const WinogradKernels& winograd_;
+  const Tiles tiles_;
+  const GatherAxis &h_, &w_;
+  const Image x_;
+  const Weight weight_;
+  const Image y_;
+  std::vector<float> zeros_, bias_;
+};
+
+// 1. the weight is transformed once;
+// 2. a task takes a block of tiles and transforms their inputs, which stay in the second-level cache;
+// 3. panel by panel it multiplies and transforms the outputs.
+void tiles_by_blocks(const Conv& conv, const Tiles& tiles) {
+  const Panels& panels = conv.panels;
+  const Buffer packed(panels.size());
+  const int64_t chunks = ceil_div(panels.units, kPackedDepth);
+  at::parallel_for(0, panels.count() * chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t p = i / chunks, k = i % chunks * kPackedDepth;
+      conv.transform_weight(packed.data() + panels.offset(p), p, k, std::min(kPackedDepth, panels.units - k));
+    }
+  });
+  const int64_t threads = at::get_num_threads();
+  int64_t block = std::clamp<int64_t>(kInputUnits / (conv.places * conv.pixel), 24, 128);
+  block = std::min(block, ceil_div(tiles.count(), 2 * threads));
+  block = ceil_div(tiles.count(), ceil_div(tiles.count(), block));
+  const int64_t blocks = ceil_div(tiles.count(), block), place = conv.place_of_inputs(block);
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    const Buffer inputs(conv.places * place), outputs(conv.places * conv.place_of_outputs(block));
+    for (int64_t b = begin; b < end; b++) {
+      const int64_t first = b * block, count = std::min(block, tiles.count() - first);
+      for (int64_t t = 0; t < count; t++) conv.transform_inputs(inputs.data() + t * conv.pixel, place, first + t);
+      for (int64_t p = 0; p < panels.count(); p++) {
+        conv.multiply(packed.data() + panels.offset(p), p, inputs.data(), place, outputs.data(), first, count);
+      }
+    }
+  });
+}
+
+// For a weight larger than the inputs, which leaves the caches when it is transformed as a whole:
+// 1. all inputs are transformed;
+// 2. a task takes a panel of the weight, transforms it, multiplies all tiles with it and transforms the outputs.
+void tiles_by_panels(const Conv& conv, const Tiles& tiles) {
+  const Panels& panels = conv.panels;
+  const int64_t place = conv.place_of_inputs(tiles.count());
+  const Buffer inputs(conv.places * place);
+  at::parallel_for(0, tiles.count(), 4, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++) conv.transform_inputs(inputs.data() + t * conv.pixel, place, t);
+  });
+  const int64_t block = ceil_div(tiles.count(), ceil_div(tiles.count(), 64));
+  at::parallel_for(0, panels.count(), 1, [&](int64_t begin, int64_t end) {
+    const Buffer weight(conv.places * panels.units * panels.panel);
+    const Buffer outputs(conv.places * conv.place_of_outputs(block));
+    for (int64_t p = begin; p < end; p++) {
+      conv.transform_weight(weight.data(), p, 0, panels.units);
+      for (int64_t first = 0; first < tiles.count(); first += block) {
+        conv.multiply(weight.data(), p, inputs.data() + first * conv.pixel, place, outputs.data(), first,
+                      std::min(block, tiles.count() - first));
+      }
     }
   });
 }
 
 }  // namespace
 
-// 1. the weight slice is transformed once into panels [place, depth, 32 columns];
-// 2. a task takes a block of tiles and transforms their inputs, which stay in the second-level cache;
-// 3. for each panel, 16 matrix products, one for each place of the tiles, and the transform of their results, which is
-//    stored with bias.
-bool winograd_conv(const Kernels& kernels, int64_t batch, const GatherAxis& h, const GatherAxis& w, const Image& x,
+bool winograd_conv(const Kernels& direct, int64_t batch, const GatherAxis& h, const GatherAxis& w, const Image& x,
                    int64_t depth, const Weight& weight, const float* bias, Image y, int64_t columns) {
-  const Tiles tiles{batch, h.outputs, w.outputs};
-  if (!is_dense(h) || !is_dense(w) || !pays(kernels, tiles, depth, columns, kTransformed)) return false;
-  const Panels panels{kPlaces, depth, columns, kernels.panel, kernels.lanes};
-  const Buffer packed(panels.size());
-  transform_weight(kernels, packed.data(), panels, h, w, weight);
-
-  const int64_t threads = at::get_num_threads(), pixel = round_up(depth, kernels.lanes) + kernels.lanes;
-  int64_t block = std::clamp<int64_t>(kInputUnits / (kPlaces * pixel), 24, 128);
-  block = std::min(block, ceil_div(tiles.count(), 2 * threads));
-  block = ceil_div(tiles.count(), ceil_div(tiles.count(), block));
-  const int64_t blocks = ceil_div(tiles.count(), block);
-  // Few blocks: threads share one and take panels of it.
-  const int64_t shares = std::clamp<int64_t>(threads / blocks, 1, panels.count());
-  // The 16 places of a tile, a multiple of 4 KiB apart, would share one set of the first-level cache.
-  const int64_t input_place = block * pixel + kernels.lanes, output_place = block * panels.panel + kernels.lanes;
-
-  at::parallel_for(0, blocks * shares, 1, [&](int64_t begin, int64_t end) {
-    const Buffer inputs(kPlaces * input_place), outputs(kPlaces * output_place);
-    const std::vector<float> zeros(depth), padded_bias = [&] {
-      std::vector<float> padded(bias ? panels.count() * panels.panel : 0);
-      if (bias) std::copy(bias, bias + columns, padded.begin());
-      return padded;
-    }();
-    const int64_t no_tap = 0;
-    for (int64_t task = begin; task < end; task++) {
-      const int64_t share = task % shares, first = task / shares * block;
-      const int64_t count = std::min(block, tiles.count() - first);
-      for (int64_t t = 0; t < count; t++) {
-        const void* pixels[16];
-        pixels_of<4>(x, tiles.image(first + t), tiles.row(first + t) + h.offset[0],
-                     tiles.column(first + t) + w.offset[0], h.inputs, w.inputs, zeros.data(), pixels);
-        kernels.winograd.input_tile(inputs.data() + t * pixel, input_place, kernels.lanes, kernels.lanes, pixels,
-                                    x.dtype, depth);
-      }
-      const int64_t row_tiles = ceil_div(count, kernels.max_rows);
-      for (int64_t p = panels.count() * share / shares; p < panels.count() * (share + 1) / shares; p++) {
-        for (int64_t place = 0; place < kPlaces; place++) {
-          for (int64_t i = 0; i < row_tiles; i++) {
-            const int64_t row = count * i / row_tiles;
-            GemmTile tile{};
-            tile.a = inputs.data() + place * input_place + row * pixel;
-            tile.a_row = pixel;
-            tile.tap_offset = &no_tap;
-            tile.taps = 1;
-            tile.b = packed.data() + panels.offset(p) + place * depth * panels.stored(p);
-            tile.depth = depth;
-            tile.c = outputs.data() + place * output_place + row * panels.panel;
-            tile.c_row = panels.panel;
-            tile.rows = count * (i + 1) / row_tiles - row;
-            tile.columns = panels.stored(p);
-            kernels.gemm(tile, Dtype::f32);
-          }
-        }
-        for (int64_t t = 0; t < count; t++) {
-          const void* pixels[4];
-          pixels_of<2>(y, tiles.image(first + t), tiles.row(first + t), tiles.column(first + t), h.outputs, w.outputs,
-                       nullptr, pixels);
-          void* to[4];
-          for (int i = 0; i < 4; i++) {
-            to[i] = pixels[i] ? static_cast<char*>(const_cast<void*>(pixels[i])) + p * panels.panel * size_of(y.dtype)
-                              : nullptr;
-          }
-          kernels.winograd.output_tile(to, y.dtype, outputs.data() + t * panels.panel, output_place,
-                                       bias ? padded_bias.data() + p * panels.panel : nullptr, panels.valid(p));
-        }
-      }
-    }
-  });
+  if (!is_dense(h) || !is_dense(w)) return false;
+  const Kernels& kernels = of_floats(direct);
+  // The large tiles lose two bits, which the shorter sums win back from some hundred channels on.
+  const bool large_tiles = x.dtype != Dtype::f32 || depth >= 96;
+  const WinogradKernels* winograd =
+      choose(kernels, direct.pair, batch, h.outputs, w.outputs, depth, columns, large_tiles);
+  if (!winograd) return false;
+  const Tiles tiles{winograd->outputs, batch, h.outputs, w.outputs};
+  const Conv conv(kernels, *winograd, tiles, h, w, x, depth, weight, bias, y, columns);
+  const bool by_panels = tiles.count() < columns && conv.places * tiles.count() * conv.pixel <= kSharedUnits;
+  (by_panels ? tiles_by_panels : tiles_by_blocks)(conv, tiles);
   return true;
 }
 
 // 1. threads transform a block of tiles, inputs in panels of 32 channels and output gradients, into shared memory that
 //    stays in the third-level cache;
-// 2. each takes some of the 16 places, and output channels where there are more threads, and adds the product over the
-//    block's tiles to its own sums [place, out, in];
-// 3. the sums of all blocks are transformed back and added to the gradient.
-bool winograd_weight_grad(const Kernels& kernels, int64_t batch, const ConvAxis& h, const ConvAxis& w, const Image& dy,
+// 2. a task takes some output channels and adds, place by place, the products over the block's tiles to its sums
+//    [place, out, in];
+// 3. after the last block it transforms them back and adds them to the gradient.
+bool winograd_weight_grad(const Kernels& direct, int64_t batch, const ConvAxis& h, const ConvAxis& w, const Image& dy,
                           int64_t out, const Image& x, int64_t in, const WeightGrad& dweight) {
-  const Tiles tiles{batch, h.outputs, w.outputs};
   for (const ConvAxis* axis : {&h, &w}) {
     if (axis->kernel != 3 || axis->stride != 1 || axis->dilation != 1) return false;
   }
-  if (dweight.in != 1 || !pays(kernels, tiles, in, out, kSummed)) return false;
+  if (dweight.in != 1) return false;
+  const Kernels& kernels = of_floats(direct);
+  const bool large_tiles = x.dtype != Dtype::f32;
+  const WinogradKernels* winograd = choose(kernels, direct.pair, batch, h.outputs, w.outputs, in, out, large_tiles);
+  if (!winograd) return false;
+  const int m = winograd->outputs, n = winograd->inputs;
+  const int64_t places = n * n;
+  const Tiles tiles{m, batch, h.outputs, w.outputs};
 
-  const int64_t panel = kernels.panel, panels = ceil_div(in, panel), out_pitch = round_up(out, kernels.lanes);
-  int64_t block = std::clamp<int64_t>(kGradientUnits / (kPlaces * (panels * panel + out_pitch)), 64, 256);
+  const int64_t panel = kernels.panel, panels = ceil_div(in, panel),
+                out_pitch = round_up(out, kernels.lanes) + kernels.lanes;
+  const int64_t tile_units = places * (panels * panel + out_pitch);
+  int64_t block = tiles.count();
+  if (block * tile_units > kSharedUnits) block = std::clamp<int64_t>(kGradientUnits / tile_units, 64, 256);
   block = ceil_div(tiles.count(), ceil_div(tiles.count(), block));
   const int64_t x_panel = block * panel, x_place = panels * x_panel + kernels.lanes;
-  const int64_t dy_place = block * out_pitch + kernels.lanes, sum_place = out * in;
-  const Buffer inputs(kPlaces * x_place), gradients(kPlaces * dy_place), sums(kPlaces * sum_place);
+  const int64_t dy_place = block * out_pitch + kernels.lanes;
+  const Buffer inputs(places * x_place), gradients(places * dy_place);
   const std::vector<float> zeros(std::max(in, out));
-  const int64_t parts = std::min(ceil_div(at::get_num_threads(), kPlaces), ceil_div(out, kernels.max_rows));
+
+  // Output channels of a task: its sums, which one block makes at once, should stay in the second-level cache.
+  const int64_t threads = at::get_num_threads(), rows = kernels.max_rows;
+  int64_t group = std::clamp<int64_t>(kInputUnits / (places * in), rows, out);
+  group = round_up(ceil_div(out, round_up(ceil_div(out, group), threads)), rows);
+  const int64_t groups = ceil_div(out, group), group_units = places * group * in;
+  const bool one_block = block == tiles.count();
+  const Buffer sums(one_block ? 0 : groups * group_units);
 
   for (int64_t first = 0; first < tiles.count(); first += block) {
     const int64_t count = std::min(block, tiles.count() - first);
+    const bool last = first + count == tiles.count();
     at::parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; t++) {
-        const int64_t n = tiles.image(first + t), row = tiles.row(first + t), column = tiles.column(first + t);
-        const void* pixels[16];
-        pixels_of<4>(x, n, row - h.padding, column - w.padding, h.inputs, w.inputs, zeros.data(), pixels);
-        kernels.winograd.input_tile(inputs.data() + t * panel, x_place, panel, x_panel, pixels, x.dtype, in);
-        pixels_of<2>(dy, n, row, column, h.outputs, w.outputs, zeros.data(), pixels);
-        kernels.winograd.gradient_tile(gradients.data() + t * out_pitch, dy_place, pixels, dy.dtype, out);
+        const int64_t image = tiles.image(first + t), row = tiles.row(first + t), column = tiles.column(first + t);
+        const void* pixels[kMaxInputs];
+        pixels_of(x, image, row - h.padding, column - w.padding, h.inputs, w.inputs, n, zeros.data(), pixels);
+        winograd->input_tile(inputs.data() + t * panel, x_place, panel, x_panel, pixels, x.dtype, in);
+        pixels_of(dy, image, row, column, h.outputs, w.outputs, m, zeros.data(), pixels);
+        winograd->gradient_tile(gradients.data() + t * out_pitch, dy_place, pixels, dy.dtype, out);
       }
     });
-    at::parallel_for(0, kPlaces * parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; task++) {
-        const int64_t place = task / parts, groups = ceil_div(out, kernels.max_rows);
-        const int64_t out_begin = groups * (task % parts) / parts * kernels.max_rows;
-        const int64_t out_end = std::min(out, groups * (task % parts + 1) / parts * kernels.max_rows);
-        float* sum = sums.data() + place * sum_place;
-        if (first == 0) std::memset(sum + out_begin * in, 0, (out_end - out_begin) * in * sizeof(float));
-        for (int64_t i = 0; i < in; i += panel) {
-          OuterTile tile{};
-          tile.b = inputs.data() + place * x_place + i / panel * x_panel;
-          tile.images = tile.rows = 1, tile.pixels = count, tile.chunk = 32;
-          tile.a_pixel = out_pitch, tile.b_pixel = panel;
-          tile.c_row = in;
-          tile.columns = std::min(panel, in - i);
-          for (int64_t o = out_begin; o < out_end; o += kernels.max_rows) {
-            tile.a = gradients.data() + place * dy_place + o;
-            tile.c = sum + o * in + i;
-            tile.channels = std::min<int64_t>(kernels.max_rows, out_end - o);
-            kernels.outer(tile);
+    at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+      const Buffer own(one_block ? group_units : 0);
+      for (int64_t g = begin; g < end; g++) {
+        float* sum = one_block ? own.data() : sums.data() + g * group_units;
+        const int64_t size = std::min(group, out - g * group);
+        if (first == 0) std::memset(sum, 0, group_units * sizeof(float));
+        for (int64_t place = 0; place < places; place++) {
+          for (int64_t i = 0; i < in; i += panel) {
+            for (int64_t t = 0; t < count; t += kOuterTiles) {
+              OuterTile tile{};
+              tile.b = inputs.data() + place * x_place + i / panel * x_panel + t * panel;
+              tile.images = tile.rows = 1, tile.pixels = std::min(kOuterTiles, count - t), tile.chunk = 32;
+              tile.a_pixel = out_pitch, tile.b_pixel = panel;
+              tile.c_row = in;
+              tile.columns = std::min(panel, in - i);
+              for (int64_t o = 0; o < size; o += rows) {
+                tile.a = gradients.data() + place * dy_place + t * out_pitch + g * group + o;
+                tile.c = sum + (place * group + o) * in + i;
+                tile.channels = std::min(rows, size - o);
+                kernels.outer(tile);
+              }
+            }
           }
+        }
+        for (int64_t o = 0; last && o < size; o++) {
+          float* taps[9];
+          for (int t = 0; t < 9; t++) {
+            taps[t] = dweight.data + (g * group + o) * dweight.out + t / 3 * dweight.h + t % 3 * dweight.w;
+          }
+          winograd->add_weight_grad(taps, sum + o * in, group * in, in);
         }
       }
     });
   }
-  at::parallel_for(0, out, std::max<int64_t>(1, 4096 / in), [&](int64_t begin, int64_t end) {
-    for (int64_t o = begin; o < end; o++) {
-      float* taps[9];
-      for (int t = 0; t < 9; t++) taps[t] = dweight.data + o * dweight.out + t / 3 * dweight.h + t % 3 * dweight.w;
-      kernels.winograd.add_weight_grad(taps, sums.data() + o * in, sum_place, in);
-    }
-  });
   return true;
 }
 
