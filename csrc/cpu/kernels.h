@@ -21,6 +21,7 @@ struct GemmTile {
   int64_t taps;
   const float* b;     // [taps, depth, vectors * lanes], units, zero beyond the columns
   int64_t depth;      // units in a tap
+  int64_t chunk = 0;  // float32 units after which a sum is added to a total; 0: a quarter of all, within limits
   const float* bias;  // [vectors * lanes] or null
   void* c;            // elements of the output's dtype
   int64_t c_row;      // elements

@@ -78,6 +78,7 @@ void gemm_tile(const GemmTile& tile, Dtype output) {
   const int64_t row = tile.a_row;
   int64_t limit = tile.taps * tile.depth / 4, chunk = 0;
   limit = S::pair == 2 ? INT64_MAX : limit < kMinChunk ? kMinChunk : limit > kMaxChunk ? kMaxChunk : limit;
+  if (tile.chunk > 0) limit = tile.chunk;
   for (int64_t t = 0; t < tile.taps; t++) {
     for (int64_t begin = 0, end; begin < tile.depth; begin = end) {
       end = tile.depth - begin > limit ? begin + limit : tile.depth;

@@ -22,6 +22,7 @@ constexpr int64_t kSharedUnits = 4096 * 1024;     // what may be transformed at 
 constexpr int64_t kGradientUnits = 2048 * 1024;   // both operands of a block of the weight gradient, for all threads
 constexpr int64_t kOuterTiles = 128;              // tiles whose panel of inputs stays in the first-level cache
 constexpr int64_t kPackedDepth = 64;              // channels of the weight that are transformed at a time
+constexpr int64_t kLargeTileChunk = 32;           // most of the large tiles' error is that of sums in float32
 constexpr double kOnce = 30;                      // time of transforming one place of a weight, in multiplications
 constexpr int kMaxInputs = 36, kMaxOutputs = 16;  // of a tile
 
@@ -142,6 +143,7 @@ class Conv {
         tile.taps = 1;
         tile.b = weight + e * panels.units * stored;
         tile.depth = panels.units;
+        if (winograd_.outputs > 2) tile.chunk = kLargeTileChunk;
         tile.c = outputs + e * output_place + row * panels.panel;
         tile.c_row = panels.panel;
         tile.rows = count * (i + 1) / row_tiles - row;
@@ -234,7 +236,7 @@ bool winograd_conv(const Kernels& direct, int64_t batch, const GatherAxis& h, co
                    int64_t depth, const Weight& weight, const float* bias, Image y, int64_t columns) {
   if (!is_dense(h) || !is_dense(w)) return false;
   const Kernels& kernels = of_floats(direct);
-  // The large tiles lose two bits, which the shorter sums win back from some hundred channels on.
+  // The large tiles lose two bits, which shorter sums win back from some hundred channels on.
   const bool large_tiles = x.dtype != Dtype::f32 || depth >= 96;
   const WinogradKernels* winograd =
       choose(kernels, direct.pair, batch, h.outputs, w.outputs, depth, columns, large_tiles);

@@ -43,7 +43,7 @@ struct F2 {
 };
 
 // One axis of F(4, 3), from the values at 0, a, -a, b, -b and infinity. With the usual 1 and 2 the error would be
-// twice that of 3/4 and 3/2.
+// twice that of 5/8 and 3/2.
 //
 //         [a2b2   0  -a2-b2   0    1  0]        [ 1   0   0] / a2b2              [1  1  1  1  1  0]
 //         [ 0  -ab2   -b2     a    1  0]        [ 1   a  a2] / 2a2(a2-b2)        [0  a -a  b -b  0]
@@ -55,7 +55,7 @@ template <class S>
 struct F4 {
   using V = typename S::V;
   static constexpr int outputs = 4, inputs = 6;
-  static constexpr float a = 0.75f, b = 1.5f, a2 = a * a, b2 = b * b;
+  static constexpr float a = 0.625f, b = 1.5f, a2 = a * a, b2 = b * b;
   // Divided by, not multiplied with their rounded inverses: those would bias all results by the same 2e-8.
   static constexpr float f_0 = a2 * b2, f_a = 2 * a2 * (a2 - b2), f_b = 2 * b2 * (b2 - a2);
 
