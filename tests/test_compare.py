@@ -1,6 +1,7 @@
 """`gradaug compare`: what it plans, what it writes, and that it goes on where it was stopped."""
 
 import csv
+import json
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ from PIL import Image
 
 import gradaug_kernels as gk
 from gradaug_kernels import data
+from gradaug_kernels.evaluate import checkpoint, measure
 from gradaug_kernels.train import compare, load_config, run
 from gradaug_kernels.train.build import build_network
 from gradaug_kernels.train.cli import main
-from gradaug_kernels.train.compare import FILES, comparison_names, load_comparison, plan
+from gradaug_kernels.train.compare import FILES, ROBUSTNESS_FILES, comparison_names, load_comparison, plan
 from gradaug_kernels.train.compare_report import summarise
 from gradaug_kernels.train.config import from_tables
 from gradaug_kernels.train.cost import multiply_adds, step_cost
@@ -141,6 +143,35 @@ def test_a_comparison_is_stopped_and_goes_on(file, tmp_path, capsys, monkeypatch
     assert trained == [], "finished runs are not repeated"
     assert main([*command, "--set", "optimizer.lr=0.3"]) == 2
     assert "must be a run of this comparison, got one of another optimizer.lr" in capsys.readouterr().err
+
+
+def test_robustness(file, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr(run, "write_curves", lambda *arguments: None)
+    errors = {name: [float(place)] * 5 for place, name in enumerate(measure.COMMON)}
+    monkeypatch.setattr(measure, "corruption_errors", lambda *arguments, **options: errors)  # else minutes
+    command = ["compare", str(file), "--out", str(out), "--epochs", "1", "--robustness", "20"]
+    assert main(command) == 0
+    assert {path.name for path in out.iterdir()} == {*FILES, *ROBUSTNESS_FILES, "runs"}
+    rows = list(csv.DictReader((out / "robustness.csv").open()))
+    assert [(row["method"], row["seed"], row["epochs"], row["images"]) for row in rows] == [
+        (method, seed, "1", "20") for seed in "01" for method in ("plain", "gradaug")
+    ]
+    stored = json.loads((out / "runs/gradaug/1-epochs/seed-1/evaluation/evaluation.json").read_text())
+    assert float(rows[3]["fgsm_4"]) == stored["attacks"]["fgsm"]["4"]
+    assert float(rows[3]["mean_corruption_error"]) == stored["corruptions"]["mean_corruption_error"] == 7
+    mean = (float(rows[0]["pgd_4"]) + float(rows[2]["pgd_4"])) / 2
+    (plain,) = [line for line in (out / "table.md").read_text().splitlines() if line.startswith("| plain | 2 |")]
+    assert plain.split("|")[7].startswith(f" {mean:.1f} ± ")
+    with Image.open(out / "robustness.png") as figure:
+        assert len(figure.convert("L").getcolors()) > 50
+
+    monkeypatch.setattr(checkpoint, "evaluate_checkpoint", None)  # what is measured is not measured again
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "PGD 4/255" in capsys.readouterr().out
+    assert main([*command[:-1], "-3"]) == 2
+    assert "--robustness must be a number of images, got -3" in capsys.readouterr().err
 
 
 def test_mean_and_standard_deviation():

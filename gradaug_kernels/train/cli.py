@@ -125,6 +125,9 @@ def _parser():
     comparison.add_argument("--out", metavar="FOLDER", help="output folder (default: runs/compare-COMPARISON)")
     comparison.add_argument("--seeds", type=int, nargs="+", default=[], help="in place of the comparison's")
     comparison.add_argument("--methods", nargs="+", default=[], help="only these of the comparison's")
+    comparison.add_argument(
+        "--robustness", metavar="IMAGES", type=int, default=0, help="corrupt and attack so many test images, too"
+    )
     comparison.add_argument("--data", metavar="FOLDER", help="folder of the images (data.root)")
     comparison.add_argument("--epochs", type=int, help="of all methods at equal epochs (train.epochs)")
     comparison.add_argument("--device", help='"auto", "cpu" or "cuda" (train.device)')
@@ -165,6 +168,8 @@ def _train(command):
 
 
 def _compare(command):
+    if command.robustness < 0:
+        raise ValueError(f"--robustness must be a number of images, got {command.robustness}")
     comparison = load_comparison(command.comparison)
     out = Path(command.out or f"runs/compare-{comparison.name}")
     settings = comparison.settings | dict(map(parse_setting, command.set))
@@ -183,9 +188,10 @@ def _compare(command):
     for name in ("seeds", "methods"):
         words += [f"--{name}", *map(str, getattr(command, name))] if getattr(command, name) else []
     words += [f"--epochs {command.epochs}"] if command.epochs else []
+    words += [f"--robustness {command.robustness}"] if command.robustness else []
     words += [f"--set {shlex.quote(setting)}" for setting in command.set]
     try:
-        compare(comparison, out, " ".join(words))
+        compare(comparison, out, " ".join(words), command.robustness)
     except KeyboardInterrupt:
         print("gradaug: interrupted; the same command goes on after the last complete epoch", file=sys.stderr)
         return 130

@@ -30,7 +30,15 @@ import gradaug_kernels as gk
 
 from .._options import nearest
 from .build import load_images
-from .compare_report import BUDGETS, summarise, write_figure, write_markdown, write_rows
+from .compare_report import (
+    BUDGETS,
+    summarise,
+    write_figure,
+    write_markdown,
+    write_robustness,
+    write_robustness_figure,
+    write_rows,
+)
 from .config import Config, difference, load_config
 from .cost import step_cost
 from .folder import CHECKPOINT, FREE_ON_RESUME
@@ -38,6 +46,7 @@ from .run import find_device, train
 
 COMPARISONS = Path(__file__).parent / "comparisons"
 FILES = ("runs.csv", "table.csv", "table.md", "figure.png", "log.txt")
+ROBUSTNESS_FILES = ("robustness.csv", "robustness.png")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +113,12 @@ def load_comparison(name: str) -> Comparison:
     )
 
 
-def compare(comparison: Comparison, out: str | Path, command: str) -> list[dict[str, Any]]:
+def compare(comparison: Comparison, out: str | Path, command: str, robustness: int = 0) -> list[dict[str, Any]]:
     """Train what is missing in `out`, and write runs.csv, table.csv, table.md and figure.png there.
 
     A finished run is not repeated and a stopped one goes on after its last complete epoch, so that a comparison may be
-    interrupted and started again. command: what the table says that it was made by.
+    interrupted and started again. command: what the table says that it was made by. robustness: so many test images are
+    corrupted and attacked, for the networks of the equal epochs; robustness.csv and robustness.png are written besides.
 
     Returns: the rows of runs.csv. Raises: ValueError where `out` holds a run of other settings.
     """
@@ -148,7 +158,41 @@ def compare(comparison: Comparison, out: str | Path, command: str) -> list[dict[
     setting = _setting(plans[0].config, summary)
     write_markdown(out / "table.md", table, comparison.name, command, setting)
     write_figure(out / "figure.png", rows, f"{comparison.name}: {setting}")
+    if robustness:
+        measured = [_robustness(p, out / "runs" / p.folder, robustness) for p in plans if "epochs" in p.budgets]
+        write_rows(out / "robustness.csv", measured)
+        write_robustness(out / "table.md", measured)
+        write_robustness_figure(out / "robustness.png", measured, f"{comparison.name}: {setting}")
     return rows
+
+
+def _robustness(planned: Plan, folder: Path, images: int) -> dict[str, Any]:
+    """A row of robustness.csv; the evaluation that a run's folder holds is not repeated."""
+    from ..evaluate.checkpoint import evaluate_checkpoint
+
+    path = folder / "evaluation" / "evaluation.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    if found.get("images") != images or not {"corruptions", "attacks"} <= found.keys():
+        print(f"{planned.method}, seed {planned.seed}: corruptions and attacks ...", flush=True)
+        with contextlib.redirect_stdout(None):
+            found = evaluate_checkpoint(
+                folder / CHECKPOINT,
+                path.parent,
+                parts=("corruptions", "attacks"),
+                images=images,
+                device=planned.config.train.device,
+                overwrite=True,
+            )
+    row = {
+        "method": planned.method,
+        "epochs": planned.epochs,
+        "seed": planned.seed,
+        "images": images,
+        "top1": found["top1"],
+        "mean_corruption_error": found["corruptions"]["mean_corruption_error"],
+    }
+    attacks = found["attacks"].items()
+    return row | {f"{attack}_{epsilon}": top1 for attack, values in attacks for epsilon, top1 in values.items()}
 
 
 def plan(comparison: Comparison) -> list[Plan]:

@@ -105,3 +105,76 @@ def write_figure(path: Path, rows: Rows, title: str) -> None:
     figure.suptitle(title, fontsize=8, wrap=True)
     with complete_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
+
+
+def write_robustness(path: Path, rows: Rows) -> None:
+    """Adds to the table for people what corruptions and attacks leave of the accuracy. rows: as in robustness.csv."""
+    shown = {
+        "top1": "top-1 (%)",
+        "mean_corruption_error": "mean corruption error (%)",
+        "fgsm_1": "FGSM 1/255",
+        "fgsm_4": "FGSM 4/255",
+        "pgd_4": "PGD 4/255",
+    }
+    lines = [
+        f"Corruptions and attacks, networks of the equal epochs, {rows[0]['images']} test images, mean ± std:",
+        "",
+        f"| method | seeds | {' | '.join(shown.values())} |",
+        "|---|---|" + "---|" * len(shown),
+    ]
+    for method, group in _by_method(rows).items():
+        cells = (f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in (_spread(group, key) for key in shown))
+        lines.append(f"| {method} | {len(group)} | {' | '.join(cells)} |")
+    text = path.read_text()
+    with complete_file(path) as temporary:
+        temporary.write_text("\n".join([text, *lines, ""]))
+
+
+def write_robustness_figure(path: Path, rows: Rows, title: str) -> None:
+    """The mean corruption error of each method, and its accuracy under FGSM against epsilon; means over the seeds."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    groups = _by_method(rows)
+    figure = Figure(figsize=(10.4, 1.8 + 0.36 * len(groups)), layout="constrained")
+    FigureCanvasAgg(figure)
+    errors, curves = figure.subplots(1, 2)
+    epsilons = [key for key in rows[0] if key.startswith("fgsm_")]
+    for place, (method, group) in enumerate(groups.items()):
+        colour = colormaps["tab10"](place % 10)
+        mean, deviation = _spread(group, "mean_corruption_error")
+        errors.errorbar(mean, -place, xerr=deviation, fmt="o", color=colour, capsize=3, markersize=5)
+        values = [_spread(group, key)[0] for key in ("top1", *epsilons)]
+        curves.plot(
+            [0, *(float(key.removeprefix("fgsm_")) for key in epsilons)],
+            values,
+            "o-",
+            color=colour,
+            label=method,
+            markersize=3,
+        )
+    errors.set_yticks([-place for place in range(len(groups))], list(groups))
+    errors.set_xlabel("mean corruption error (%)")
+    curves.set_xlabel("FGSM epsilon (1/255)")
+    curves.set_ylabel("top-1 accuracy (%)")
+    curves.legend(frameon=False, fontsize=7)
+    for axis in (errors, curves):
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=8, wrap=True)
+    with complete_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+
+
+def _by_method(rows: Rows) -> dict[str, Rows]:
+    groups: dict[str, Rows] = {}
+    for row in rows:
+        groups.setdefault(row["method"], []).append(row)
+    return groups
+
+
+def _spread(rows: Rows, key: str) -> tuple[float, float]:
+    """Mean and standard deviation of a sample (n - 1); 0 for one row."""
+    values = [row[key] for row in rows]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
