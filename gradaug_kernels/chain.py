@@ -116,7 +116,7 @@ def _convolve(x, layer: FastSlimConv2d, norm: _Norm | None, following: SlimBatch
 
 def _sums_outputs(device: torch.device) -> bool:
     """Whether convolutions have kernels that sum their output; elsewhere the next batch norm does that as cheaply."""
-    return backends()["slim_conv2d_statistics"].get(device.type, "reference") != "reference"
+    return backends().get("slim_conv2d_statistics", {}).get(device.type, "composite") != "composite"
 
 
 def _is_worth_recomputing(layer: FastSlimConv2d, x: Tensor, residual: Tensor | None) -> bool:

@@ -47,27 +47,33 @@ def options_for(case: ConvCase) -> NormOptions:
     return NormOptions(relu=number % 3 > 0, given=n * h * w < 2 or number % 4 == 0, affine=number % 5 > 0)
 
 
-def torch_norm_conv(case: ConvCase, options: NormOptions, x, gamma, beta, mean, var, weight, bias) -> Tensor:
-    """y [N, out, OH, OW], in the dtype of x."""
+def torch_norm_conv(
+    case: ConvCase, options: NormOptions, x, gamma, beta, mean, var, weight, bias
+) -> tuple[Tensor, Tensor]:
+    """y [N, out, OH, OW] and the norm's output [N, C, H, W], in the dtype of x."""
     gamma, beta = (None if p is None else p[: case.channels[0]] for p in (gamma, beta))
     if mean is None:
         a = F.batch_norm(x, None, None, gamma, beta, training=True, eps=EPS)
     else:
         a = F.batch_norm(x, mean, var, gamma, beta, eps=EPS)
     bias = None if bias is None else bias[: case.out_channels]
-    return F.conv2d(a.relu() if options.relu else a, case.slice(weight), bias, *case.geometry)
+    return F.conv2d(a.relu() if options.relu else a, case.slice(weight), bias, *case.geometry), a
 
 
 def torch_results(case: ConvCase, options: NormOptions, dy: Tensor, *tensors: Tensor | None) -> dict[str, Tensor]:
-    """y and the gradients dx [N, C, H, W], dw [out, in / groups, KH, KW], dgamma and dbeta [C], in the dtype of x."""
+    """y and the gradients dx [N, C, H, W], dw [out, in / groups, KH, KW], dgamma and dbeta [C], in the dtype of x.
+
+    And dz [N, C, H, W], that of the norm's output, with the sizes of the terms that it is a sum of, dz_terms.
+    """
     x, gamma, beta, mean, var, weight, bias = tensors
     leaves = {"dx": x, "dgamma": gamma, "dbeta": beta, "dw": case.slice(weight)}
     leaves = {name: t.detach().clone().requires_grad_() for name, t in leaves.items() if t is not None}
     full = {"dx": x, "dgamma": gamma, "dbeta": beta} | leaves
     # The slice takes the whole weight's place: slicing it again changes nothing.
-    y = torch_norm_conv(case, options, full["dx"], full["dgamma"], full["dbeta"], mean, var, leaves["dw"], bias)
-    gradients = torch.autograd.grad(y, list(leaves.values()), dy)
-    found = dict(zip(leaves, gradients, strict=True))
+    y, z = torch_norm_conv(case, options, full["dx"], full["dgamma"], full["dbeta"], mean, var, leaves["dw"], bias)
+    gradients = torch.autograd.grad(y, [*leaves.values(), z], dy)
+    found = dict(zip([*leaves, "dz"], gradients, strict=True))
+    found["dz_terms"] = torch.nn.grad.conv2d_input(x.shape, case.slice(weight).abs(), dy.abs(), *case.geometry)
     for name in ("dgamma", "dbeta"):
         if name in found:
             found[name] = found[name][: case.channels[0]]
@@ -89,12 +95,17 @@ def assert_moments(y: Tensor, mean: Tensor, var: Tensor) -> None:
     assert_as_accurate(var, torch_var, exact.var((0, 2, 3), correction=0))
 
 
-def check_results(ours: dict[str, Tensor], torchs: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """y and the gradients of `torch_results`, each judged as accuracy.py says."""
-    channels = exact["dx"].shape[1]
+def check_results(case: ConvCase, options: NormOptions, x: Tensor, ours, torchs, exact) -> None:
+    """Results under the names of `torch_results`, judged as accuracy.py says."""
+    channels = case.channels[0]
     for name, result in ours.items():
-        # All values of an input channel have the rounding of its scale in common.
-        options = {} if name == "y" else {"gradient": True, "sharing": max(1, exact[name].numel() // channels)}
-        if name in ("dgamma", "dbeta"):  # sums over pixels of terms that cancel
-            options = {"terms": float(exact["dx"].abs().mean()) * exact["dx"].numel() ** 0.5}
-        assert_as_accurate(result, torchs[name], exact[name], **options)
+        judged = {}
+        if name in ("dgamma", "dbeta"):  # sums over a channel, which may cancel, of sums, which may
+            judged["terms"] = float(exact["dz_terms"].square().sum((0, 2, 3)).sqrt().max())
+        elif name != "y":  # all values of an input channel have the rounding of its scale in common
+            judged = {"gradient": True, "sharing": max(1, exact[name].numel() // channels)}
+        if name == "dx" and not options.given and x.numel() // channels <= 4:
+            # Of dz, little is left after what few values have in common: the unit is that of dz.
+            std = (x.double().var((0, 2, 3), correction=0) + EPS).sqrt()[:, None, None]
+            judged["terms"] = float((exact["dz"] / std).square().mean().sqrt())
+        assert_as_accurate(result, torchs[name], exact[name], **judged)

@@ -79,6 +79,7 @@ _slim_channel_statistics = define(
     "slim_channel_statistics(Tensor x) -> (Tensor mean, Tensor var)",
     slim_channel_statistics_reference,
     _statistics_fake,
+    composite=True,
 )
 differentiable_once(_slim_channel_statistics)
 
@@ -107,6 +108,7 @@ _slim_conv2d_statistics = define(
     f"slim_conv2d_statistics(Tensor x, {CONV}) -> (Tensor y, Tensor mean, Tensor var)",
     slim_conv2d_statistics_reference,
     _conv2d_statistics_fake,
+    composite=True,
 )
 
 
@@ -165,6 +167,7 @@ _slim_norm_conv2d = define(
     "-> (Tensor y, Tensor mean, Tensor var, Tensor y_mean, Tensor y_var)",
     slim_norm_conv2d_reference,
     _fake,
+    composite=True,
 )
 
 
@@ -207,6 +210,7 @@ _slim_norm_conv2d_backward_ = define(
     "bool needs_dx, bool needs_dweight) -> (Tensor dx, Tensor dgamma, Tensor dbeta)",
     slim_norm_conv2d_backward__reference,
     _backward__fake,
+    composite=True,
 )
 
 
