@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._layout import nhwc
-from .launch import launch
+from .launch import launch, vector_width
 from .slim_conv2d import Norm, forward, input_grad, store_moments, weight_grad
 
 _OPS = torch.ops.gradaug
@@ -74,12 +74,14 @@ def channel_moments_kernel(
     x,  # [M, C], rows of a pitch
     moments,  # [3, tiles, C], float32, dense
     M,  # N * H * W
-    C,
+    C,  # channels, in vectors, as the pitch
     pitch,
+    VEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     # One program makes the moments of BLOCK_N channels of one tile of BLOCK_M pixels. Reads the tile, keeps it.
+    C, pitch = C * VEC, pitch * VEC
     tile = tl.program_id(0)
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -142,13 +144,13 @@ def slim_channel_statistics_triton(x):
     pixels, c = rows.shape
     if pixels == 0:
         return _zeros(c, x), _zeros(c, x)
-    tile = 128
+    tile, vec = 128, vector_width((rows[:, :, None, None],), c)
     moments = torch.empty((3, triton.cdiv(pixels, tile), c), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         launch(
             channel_moments_kernel,
             (moments.shape[1], triton.cdiv(c, 32)),
-            **{"x": rows, "moments": moments, "M": pixels, "C": c, "pitch": rows.stride(0)},
+            **{"x": rows, "moments": moments, "M": pixels, "C": c // vec, "pitch": rows.stride(0) // vec, "VEC": vec},
             **{"BLOCK_M": tile, "BLOCK_N": 32, "num_warps": 4},
         )
     return merge_moments(moments, pixels, tile)
