@@ -12,7 +12,14 @@ from .divergence import alpha_divergence, kl_divergence
 from .fuse import fuse, fused_chains
 from .gradaug import GradAug, StepLosses, SubnetDraw
 from .nn import FastSlimConv2d, SlimBatchNorm2d, SlimLinear
-from .ops import slim_batch_norm, slim_conv2d, slim_linear
+from .ops import (
+    slim_batch_norm,
+    slim_conv2d,
+    slim_conv2d_norm,
+    slim_conv2d_statistics,
+    slim_linear,
+    slim_norm_conv2d,
+)
 from .sampler import RandomDepth, RandomLayerWidth, RandomWidth, Sampler
 from .subnet import calibrate
 from .width import round_channels, set_width, use_width
@@ -41,6 +48,9 @@ __all__ = [
     "set_width",
     "slim_batch_norm",
     "slim_conv2d",
+    "slim_conv2d_norm",
+    "slim_conv2d_statistics",
     "slim_linear",
+    "slim_norm_conv2d",
     "use_width",
 ]

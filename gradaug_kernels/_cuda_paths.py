@@ -8,7 +8,9 @@
 
 GRADAUG_CUDA=triton, cpp or cudnn takes that path wherever it exists (triton: with gemm and depthwise); `auto` takes
 what `gradaug tune` measured on this card for the bucket of the shape (_tuning/<card>.json), else `default_path`.
-Linear layers are gemm always. Batch norm has one CUDA kernel, in C++, which registers itself.
+Linear layers are gemm always. Batch norm has one CUDA kernel, in C++, which registers itself. A batch norm before or
+after a convolution (ops/slim_norm_conv2d.py) is part of the convolution's kernel on the path triton; on the others the
+two are called one after the other.
 """
 
 import functools
@@ -23,6 +25,12 @@ import torch
 
 from . import _cudnn, _gemm
 from ._library import cuda_choice, cuda_cpp_kernel, use_kernel
+from .ops.slim_norm_conv2d import (
+    slim_channel_statistics_reference,
+    slim_conv2d_statistics_reference,
+    slim_norm_conv2d_backward__reference,
+    slim_norm_conv2d_reference,
+)
 
 _OPS = torch.ops.gradaug
 TUNING = Path(__file__).with_name("_tuning")
@@ -186,36 +194,80 @@ def paths_built() -> dict[str, dict[str, object]]:
     return paths
 
 
+def _path(geometry: Geometry, device: torch.device) -> str:
+    return path_for(geometry, table=table_of(device) if cuda_choice() == "auto" else None)
+
+
 def _serve(geometry: Geometry, device: torch.device):
-    table = table_of(device) if cuda_choice() == "auto" else None
-    return paths_built()[path_for(geometry, table=table)][geometry.direction]
+    return paths_built()[_path(geometry, device)][geometry.direction]
 
 
-def _slim_conv2d(x, weight, bias, out_channels, stride, padding, dilation, groups):
-    (n, c, h, w), (full_o, full_c, kh, kw) = x.shape, weight.shape
+def _geometry(direction, x_size, dtype, weight, out_channels, stride, padding, dilation, groups) -> Geometry:
+    (n, c, h, w), (full_o, full_c, kh, kw) = x_size, weight.shape
     options = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    geometry = Geometry("forward", x.dtype, n, c, h, w, out_channels, full_c, full_o, kh, kw, *options)
+    return Geometry(direction, dtype, n, c, h, w, out_channels, full_c, full_o, kh, kw, *options)
+
+
+def _slim_conv2d(x, weight, bias, out_channels, *options):
+    geometry = _geometry("forward", x.shape, x.dtype, weight, out_channels, *options)
     return _serve(geometry, x.device)(x, weight, bias, out_channels, *options)
 
 
-def _slim_conv2d_input_grad(dy, weight, input_size, stride, padding, dilation, groups):
-    (n, c, h, w), (full_o, full_c, kh, kw) = input_size, weight.shape
-    options = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    geometry = Geometry("input_grad", dy.dtype, n, c, h, w, dy.shape[1], full_c, full_o, kh, kw, *options)
+def _slim_conv2d_input_grad(dy, weight, input_size, *options):
+    geometry = _geometry("input_grad", input_size, dy.dtype, weight, dy.shape[1], *options)
     return _serve(geometry, dy.device)(dy, weight, input_size, *options)
 
 
-def _slim_conv2d_weight_grad_(dy, x, dweight, stride, padding, dilation, groups):
-    (n, c, h, w), (full_o, full_c, kh, kw) = x.shape, dweight.shape
-    options = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    geometry = Geometry("weight_grad", x.dtype, n, c, h, w, dy.shape[1], full_c, full_o, kh, kw, *options)
+def _slim_conv2d_weight_grad_(dy, x, dweight, *options):
+    geometry = _geometry("weight_grad", x.shape, x.dtype, dweight, dy.shape[1], *options)
     _serve(geometry, x.device)(dy, x, dweight, *options)
+
+
+def _slim_conv2d_statistics(x, weight, bias, out_channels, *options):
+    geometry = _geometry("forward", x.shape, x.dtype, weight, out_channels, *options)
+    fused = _path(geometry, x.device) == "triton"
+    kernel = _fused().slim_conv2d_statistics_triton if fused else slim_conv2d_statistics_reference
+    return kernel(x, weight, bias, out_channels, *options)
+
+
+def _slim_norm_conv2d(x, mean, var, gamma, beta, batch_stats, relu, eps, weight, bias, out_channels, *rest):
+    *options, _ = rest
+    geometry = _geometry("forward", x.shape, x.dtype, weight, out_channels, *options)
+    fused = _path(geometry, x.device) == "triton"
+    kernel = _fused().slim_norm_conv2d_triton if fused else slim_norm_conv2d_reference
+    return kernel(x, mean, var, gamma, beta, batch_stats, relu, eps, weight, bias, out_channels, *rest)
+
+
+def _slim_norm_conv2d_backward_(dy, x, mean, var, gamma, beta, batch_stats, relu, eps, weight, dweight, *rest):
+    *options, _, _ = rest
+    geometry = _geometry("input_grad", x.shape, x.dtype, weight, dy.shape[1], *options)
+    directions = ("input_grad", "weight_grad")
+    fused = [d for d in directions if _path(geometry._replace(direction=d), x.device) == "triton"]
+    arguments = (dy, x, mean, var, gamma, beta, batch_stats, relu, eps, weight, dweight, *rest)
+    if not fused:
+        return slim_norm_conv2d_backward__reference(*arguments)
+    return _fused().slim_norm_conv2d_backward__triton(*arguments, fused=fused)
+
+
+def _slim_channel_statistics(x):
+    exact = x.dtype == torch.float64  # which Triton's kernel does not sum
+    return (slim_channel_statistics_reference if exact else _fused().slim_channel_statistics_triton)(x)
+
+
+def _fused():
+    return importlib.import_module("gradaug_kernels._triton.slim_norm_conv2d")
 
 
 _CONVOLUTIONS = {
     _OPS.slim_conv2d.default: _slim_conv2d,
     _OPS.slim_conv2d_input_grad.default: _slim_conv2d_input_grad,
     _OPS.slim_conv2d_weight_grad_.default: _slim_conv2d_weight_grad_,
+}
+_NORMED_CONVOLUTIONS = {
+    _OPS.slim_channel_statistics.default: _slim_channel_statistics,
+    _OPS.slim_conv2d_statistics.default: _slim_conv2d_statistics,
+    _OPS.slim_norm_conv2d.default: _slim_norm_conv2d,
+    _OPS.slim_norm_conv2d_backward_.default: _slim_norm_conv2d_backward_,
 }
 _LINEARS = {
     _OPS.slim_linear.default: _gemm.slim_linear_gemm,
@@ -244,6 +296,9 @@ def register() -> None:
         use_kernel(op, kernel, "cuda", backend)
     for op, kernel in _LINEARS.items():
         use_kernel(op, kernel, "cuda", "gemm")
+    if has_triton() and choice in ("auto", "triton"):
+        for op, kernel in _NORMED_CONVOLUTIONS.items():
+            use_kernel(op, kernel, "cuda", "triton")
 
 
 register()

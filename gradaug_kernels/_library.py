@@ -29,7 +29,8 @@ CUDA_CHOICES = ("auto", "triton", "cpp", "cudnn", "reference")
 def define(schema: str, reference: Callable, fake: Callable, composite: bool = False) -> torch._ops.OpOverload:
     """Declare an operator: its schema, its specification in plain PyTorch, and its output shapes.
 
-    A composite operator only calls other operators of ours; it needs no kernel and is not listed in `backends`.
+    A composite operator only calls other operators of ours; it needs no kernel, and is listed in `backends` only where
+    one took it over all the same.
     """
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -83,12 +84,11 @@ def use_kernel(op: torch._ops.OpOverload, kernel: Callable, device: str, backend
         RuntimeError: if another backend already serves it. torch would silently let the last registration win.
     """
     name = _name(op)
-    if _BACKENDS[name][device] != "reference":
-        raise RuntimeError(
-            f"{name} on {device} must have one kernel, got {backend!r} after {_BACKENDS[name][device]!r}"
-        )
+    served = _BACKENDS.setdefault(name, dict.fromkeys(_KEYS, "composite"))
+    if served[device] not in ("reference", "composite"):
+        raise RuntimeError(f"{name} on {device} must have one kernel, got {backend!r} after {served[device]!r}")
     _LIBRARY.impl(name, kernel, _KEYS[device])
-    _BACKENDS[name][device] = backend
+    served[device] = backend
 
 
 @functools.cache

@@ -20,7 +20,11 @@ _UNSUPPORTED = (
 
 
 def convert(
-    model: nn.Module, widths: Sequence[float] = (1.0,), divisor: int = 1, fuse_chains: bool = True
+    model: nn.Module,
+    widths: Sequence[float] = (1.0,),
+    divisor: int = 1,
+    fuse_chains: bool = True,
+    recompute: bool = False,
 ) -> nn.Module:
     """Make a CNN's convolutions, linear layers and batch norms adjustable in width.
 
@@ -37,7 +41,9 @@ def convert(
         model: such as torchvision's ResNet, Wide-ResNet, ResNeXt or MobileNet. Changed in place.
         widths: the widths with private batch-norm statistics, each in (0, 1].
         divisor: layers keep a multiple of this many channels; 1 as published, 8 suits tensor cores.
-        fuse_chains: run batch norm, residual add and ReLU in one operator where the model's code shows them (`fuse`).
+        fuse_chains: run batch norm, residual add and ReLU in one operator, and batch norms where the next convolution
+            reads its input, where the model's code shows them (`fuse`).
+        recompute: of such chains, compute the result of a last 1x1 convolution twice instead of keeping it (`fuse`).
 
     Returns:
         The same model.
@@ -72,7 +78,7 @@ def convert(
         if name == "":
             return slim
         setattr(model.get_submodule(parent), child, slim)
-    return fuse(model) if fuse_chains else model
+    return fuse(model, recompute) if fuse_chains else model
 
 
 def _mixing_layer(module: nn.Conv2d | nn.Linear, divisor: int, slim_out: bool) -> nn.Module:

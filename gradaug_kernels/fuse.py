@@ -1,8 +1,9 @@
-"""Find batch norm, residual add and ReLU in a model's forward code, and run each such chain in one operator.
+"""Find chains of convolution, batch norm, residual add and ReLU in a model's forward code, and fuse them.
 
 Each module that calls a SlimBatchNorm2d directly is traced on its own with torch.fx, its children as leaves, and its
-forward is replaced by one that calls the batch norm with the residual and the ReLU. Nothing else of the module
-changes: its class stays a subclass of what it was, its children, parameters, state_dict and hooks are the same.
+forward is replaced by one that calls the batch norm with the residual and the ReLU, and runs convolutions and batch
+norms that follow each other as one chain (chain.py). Nothing else of the module changes: its class stays a subclass of
+what it was, its children, parameters, state_dict and hooks are the same.
 """
 
 import operator
@@ -12,34 +13,44 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from .nn import SlimBatchNorm2d
+from .chain import run_chain
+from .nn import FastSlimConv2d, SlimBatchNorm2d
 
 _RELU_CALLS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
 _ADD_CALLS = {operator.add, torch.add, "add"}
 _ADD_IN_PLACE_CALLS = {operator.iadd, "add_"}
+_IN_PLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
 
 
-def fuse(model: nn.Module) -> nn.Module:
-    """Let every batch norm of `model` do the residual add and the ReLU that follow it, where its code shows them.
+def fuse(model: nn.Module, recompute: bool = False) -> nn.Module:
+    """Let every batch norm of `model` do the residual add and the ReLU that follow it, and a convolution that follows
+    apply the batch norm where it reads its input, where the model's code shows them.
 
-    A module whose forward cannot be traced, or does something else in training than in evaluation, is left as it is;
-    `fused_chains` tells. A fused ReLU module is no longer called, so hooks on it do not fire. What a traced forward
-    read from other attributes of its module stays what it was.
+    Of a chain conv, norm, ReLU, conv, ... the backward pass then keeps the convolutions' results alone. A batch norm
+    whose output has other uses stays a layer of its own. A module whose forward cannot be traced, or does something
+    else in training than in evaluation, is left as it is; `fused_chains` tells. A fused ReLU module, and one of
+    nn.Dropout with p = 0, is no longer called, so hooks on it do not fire. What a traced forward read from other
+    attributes of its module stays what it was.
 
     Args:
         model: a model with SlimBatchNorm2d layers; `convert` calls this on its result. Changed in place.
+        recompute: where a 1x1 convolution and a batch norm end a chain, as in a bottleneck block, do not keep the
+            convolution's result, the largest tensor of the block, but compute it again in the backward pass.
 
     Returns:
         The same model.
     """
     for module in list(model.modules()):
         if not isinstance(module, _Fused) and _batch_norms(module):
-            _fuse_module(module)
+            _fuse_module(module, recompute)
     return model
 
 
 def fused_chains(model: nn.Module) -> dict[str, str]:
-    """What each batch norm runs in one operator: {"layer1.0.bn2": "batch_norm + add + relu", ...}."""
+    """What each batch norm runs in one operator: {"layer1.0.bn2": "batch_norm + relu + convolution", ...}.
+
+    A convolution before it is named where the backward pass computes that again ("recomputed convolution + ...").
+    """
     chains = {name: "batch_norm" for name, module in model.named_modules() if isinstance(module, SlimBatchNorm2d)}
     for name, module in model.named_modules():
         if isinstance(module, _Fused):
@@ -52,17 +63,19 @@ def _batch_norms(module: nn.Module) -> set[str]:
     return {name for name, child in module.named_children() if isinstance(child, SlimBatchNorm2d)}
 
 
-def _fuse_module(module: nn.Module) -> None:
+def _fuse_module(module: nn.Module, recompute: bool) -> None:
     graph = _trace(module)
     if graph is None:
         return
-    chains = {node.target: chain for node, chain in _rewrite(graph, module)}
+    chains = {node.target: chain for node, chain in _join_adds_and_relus(graph, module)}
+    for nodes in _find_chains(graph, module):
+        chains |= _replace_chain(graph, module, nodes, recompute)
     if not chains:
         return
     graph.lint()
     forward = fx.GraphModule(module, graph).__class__.forward
     original = type(module)
-    module._chains = chains
+    module._chains, module._recompute = chains, recompute
     module.__class__ = type(
         original.__name__, (_Fused, original), {"forward": forward, "_original": original, "__doc__": original.__doc__}
     )
@@ -84,7 +97,7 @@ class _Fused:
 def _rebuild(original: type, state: dict) -> nn.Module:
     module = original.__new__(original)
     module.__setstate__(state)
-    _fuse_module(module)
+    _fuse_module(module, module._recompute)
     return module
 
 
@@ -110,8 +123,11 @@ def _trace(module: nn.Module) -> fx.Graph | None:
     return graphs[0] if first == second else None
 
 
-def _rewrite(graph: fx.Graph, module: nn.Module) -> Iterator[tuple[fx.Node, str]]:
-    """Replace chains by calls of their batch norm; yields each such call and what it does."""
+# ---- batch norm, add and ReLU
+
+
+def _join_adds_and_relus(graph: fx.Graph, module: nn.Module) -> Iterator[tuple[fx.Node, str]]:
+    """Replace batch norm, add and ReLU by one call of the batch norm; yields each such call and what it does."""
     norms = _batch_norms(module)
     for node in list(graph.nodes):
         if node.op != "call_module" or node.target not in norms or len(node.args) != 1 or node.kwargs:
@@ -160,3 +176,106 @@ def _is_relu(node: fx.Node, module: nn.Module) -> bool:
     if node.op == "call_module":
         return type(module.get_submodule(node.target)) is nn.ReLU
     return node.op in ("call_function", "call_method") and node.target in _RELU_CALLS
+
+
+# ---- convolutions and batch norms
+
+
+def _find_chains(graph: fx.Graph, module: nn.Module) -> list[list[fx.Node]]:
+    """The longest chains of at least two calls: convolutions and batch norms in turn, each used by the next alone."""
+    chains: dict[fx.Node, list[fx.Node]] = {}  # last call -> the calls
+    for node in graph.nodes:
+        if not _is_layer(node, module):
+            continue
+        before = _source(node, module)
+        chain = chains.get(before, [])
+        if chain and _may_follow(node, before, module) and not _written_in_place_between(chain[0], node, module):
+            del chains[before]
+            chains[node] = [*chain, node]
+        else:
+            chains[node] = [node]
+    return [chain for chain in chains.values() if len(chain) > 1]
+
+
+def _is_layer(node: fx.Node, module: nn.Module) -> bool:
+    if node.op != "call_module" or node.kwargs:
+        return False
+    kind = type(module.get_submodule(node.target))
+    return kind is SlimBatchNorm2d or (kind is FastSlimConv2d and len(node.args) == 1)
+
+
+def _source(node: fx.Node, module: nn.Module) -> fx.Node | None:
+    """The value that a layer reads, behind dropouts that drop nothing."""
+    source = node.args[0]
+    while isinstance(source, fx.Node) and _drops_nothing(source, module) and _only_user(source) is not None:
+        source = source.args[0]
+    return source if isinstance(source, fx.Node) else None
+
+
+def _drops_nothing(node: fx.Node, module: nn.Module) -> bool:
+    if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+        return False
+    layer = module.get_submodule(node.target)
+    return type(layer) is nn.Dropout and layer.p == 0
+
+
+def _may_follow(node: fx.Node, before: fx.Node, module: nn.Module) -> bool:
+    layer, previous = module.get_submodule(node.target), module.get_submodule(before.target)
+    if type(layer) is type(previous) or len(before.users) != 1 or node.args.count(node.args[0]) > 1:
+        return False
+    if isinstance(layer, FastSlimConv2d):
+        _, residual, _ = _norm_arguments(before)
+        return layer._explicit_padding is None and residual is None
+    return True
+
+
+def _norm_arguments(node: fx.Node) -> tuple:
+    """Input, residual and ReLU of a batch norm's call."""
+    return node.args if len(node.args) == 3 else (node.args[0], None, False)
+
+
+def _written_in_place_between(first: fx.Node, last: fx.Node, module: nn.Module) -> bool:
+    """Whether a call between the two writes in place: the chain reads its input where its last layer stood."""
+    node = first.next
+    while node is not last:
+        in_place = node.kwargs.get("inplace", False)
+        if node.op == "call_module":
+            in_place = in_place or getattr(module.get_submodule(node.target), "inplace", False)
+        elif node.op == "call_function":
+            name = getattr(node.target, "__name__", "")
+            in_place = in_place or node.target in _IN_PLACE_OPERATORS or (name.endswith("_") and name[:1] != "_")
+        elif node.op == "call_method":
+            in_place = in_place or (node.target.endswith("_") and node.target[:1] != "_")
+        if in_place:
+            return True
+        node = node.next
+    return False
+
+
+def _replace_chain(graph: fx.Graph, module: nn.Module, nodes: list[fx.Node], recompute: bool) -> dict[str, str]:
+    """Replace the calls by one of `run_chain`; what each of the batch norms does then."""
+    layers = [module.get_submodule(node.target) for node in nodes]
+    norms = [isinstance(layer, SlimBatchNorm2d) for layer in layers]
+    relus = tuple(norm and _norm_arguments(node)[2] for node, norm in zip(nodes, norms, strict=True))
+    residual = _norm_arguments(nodes[-1])[1] if norms[-1] else None
+    recompute = recompute and norms[-1] and layers[-2].kernel_size == (1, 1)
+    last = nodes[-1]
+    with graph.inserting_before(last):
+        modules = tuple(graph.get_attr(node.target) for node in nodes)
+        chain = graph.call_function(run_chain, (nodes[0].args[0], residual, modules, relus, recompute))
+    last.replace_all_uses_with(chain)
+    for node in reversed(nodes):
+        source = node.args[0]
+        graph.erase_node(node)
+        while isinstance(source, fx.Node) and _drops_nothing(source, module) and not source.users:
+            dropout, source = source, source.args[0]
+            graph.erase_node(dropout)
+
+    described = {}
+    for i, node in enumerate(nodes):
+        if norms[i]:
+            names = ["recomputed convolution"] if recompute and i == len(nodes) - 1 else []
+            names += ["batch_norm"] + ["add"] * (residual is not None and i == len(nodes) - 1) + ["relu"] * relus[i]
+            names += ["convolution"] * (i < len(nodes) - 1)
+            described[node.target] = " + ".join(names)
+    return described

@@ -62,16 +62,23 @@ class FastSlimConv2d(nn.Conv2d):
         self._slim_width, self._is_full, self._out = width, width == 1.0, _number(out)
 
     def forward(self, x: Tensor) -> Tensor:
+        arguments, weight_grad = self._arguments(x)
+        return slim_conv2d(self._padded(x), *arguments, weight_grad=weight_grad)
+
+    def _arguments(self, x: Tensor) -> tuple[tuple, Tensor | None]:
+        """What the operator takes after x, and the buffer for the weight's gradient, if there is one."""
         groups, out_channels = self._groups_and_out_channels(x)
-        if self._explicit_padding is not None:
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x = F.pad(x, self._explicit_padding, mode=mode)
-            padding = (0, 0)
-        else:
-            padding = (self._reversed_padding_repeated_twice[2], self._reversed_padding_repeated_twice[0])
         weight, weight_grad = self._accumulating or (self.weight, None)
-        geometry = (self.stride, padding, self.dilation, groups)
-        return slim_conv2d(x, weight, self.bias, out_channels, *geometry, weight_grad=weight_grad)
+        pads = self._reversed_padding_repeated_twice
+        padding = (pads[2], pads[0]) if self._explicit_padding is None else (0, 0)
+        return (weight, self.bias, out_channels, self.stride, padding, self.dilation, groups), weight_grad
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """x, with the padding that the operator cannot express."""
+        if self._explicit_padding is None:
+            return x
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(x, self._explicit_padding, mode=mode)
 
     def _groups_and_out_channels(self, x: Tensor) -> tuple[int, int]:
         channels = x.shape[1] if x.dim() == 4 else None
@@ -195,21 +202,34 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
         if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
             y = self(x) + residual  # broadcast or promoted as the sum of any two tensors
             return y.relu() if relu else y
-        if x.dim() != 4:
-            raise ValueError(f"input must be [N, C, H, W], got shape {tuple(x.shape)}")
-        channels, width = x.shape[1], self._slim_width
+        self._check(x.shape)
+        mean, var = self._given_statistics(x.shape[1], x.dtype)
+        y, batch_mean, batch_var = slim_batch_norm(x, self.weight, self.bias, mean, var, residual, relu, self.eps)
+        if mean is None:
+            self._record(x.shape, batch_mean, batch_var)
+        return y
+
+    def _check(self, shape: torch.Size) -> None:
+        """The contract of the input's shape; raises what the class says."""
+        if len(shape) != 4:
+            raise ValueError(f"input must be [N, C, H, W], got shape {tuple(shape)}")
+        channels, width = shape[1], self._slim_width
         if channels > self.num_features or (width == 1.0 and channels != self.num_features):
             bound = "" if width == 1.0 else "at most "
             raise ValueError(f"input must have {bound}{self.num_features} channels at width {width:g}, got {channels}")
-        if self.training or not self.track_running_stats:
-            if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
-                raise ValueError(
-                    f"training needs more than 1 value per channel for statistics, got input of shape {tuple(x.shape)}"
-                )
-            y, mean, var = slim_batch_norm(x, self.weight, self.bias, None, None, residual, relu, self.eps)
-            if self.training and self._statistics is not None and x.numel() > 0:
-                self._update_statistics(mean, var, x.shape[0] * x.shape[2] * x.shape[3])
-            return y
+        if self.training and shape[0] * shape[2] * shape[3] == 1:
+            raise ValueError(
+                f"training needs more than 1 value per channel for statistics, got input of shape {tuple(shape)}"
+            )
+
+    @property
+    def _takes_batch_statistics(self) -> bool:
+        return self.training or not self.track_running_stats
+
+    def _given_statistics(self, channels: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """The statistics [channels] of this width for an input of dtype; None and None where the batch's are taken."""
+        if self._takes_batch_statistics:
+            return None, None
         width = self._slim_width
         if self._statistics is None or width in self._uncalibrated:
             raise RuntimeError(
@@ -218,9 +238,14 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
                 f"gradaug_kernels.calibrate(model, [{width:g}], loader) makes them"
             )
         mean, var = (getattr(self, name) for name in self._statistics[:2])
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        mean, var = mean[:channels].to(dtype), var[:channels].to(dtype)
-        return slim_batch_norm(x, self.weight, self.bias, mean, var, residual, relu, self.eps)[0]
+        stats_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        return mean[:channels].to(stats_dtype), var[:channels].to(stats_dtype)
+
+    def _record(self, shape: torch.Size, mean: Tensor, var: Tensor) -> None:
+        """Update the running statistics of this width, if it has some, with those of a batch of that shape."""
+        values_per_channel = shape[0] * shape[2] * shape[3]
+        if self.training and self._statistics is not None and values_per_channel > 0:
+            self._update_statistics(mean, var, values_per_channel)
 
     @torch.no_grad()
     def _update_statistics(self, mean: Tensor, var: Tensor, values_per_channel: int) -> None:

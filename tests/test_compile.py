@@ -15,15 +15,20 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
-def model():
+def model(recompute=False):
     torch.manual_seed(0)
     stem = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()]
     grouped = [nn.Conv2d(16, 16, 3, groups=16, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 1)]
-    return gk.convert(nn.Sequential(*stem, *grouped, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5)))
+    last = [nn.BatchNorm2d(24), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5)]
+    return gk.convert(nn.Sequential(*stem, *grouped, *last), recompute=recompute)
 
 
-def test_all_widths_share_one_recompilation():
-    m = model()
+@pytest.mark.parametrize("recompute", [False, True])
+def test_all_widths_share_one_recompilation(recompute):
+    m = model(recompute)
+    inner = "batch_norm + relu + convolution"
+    last = "recomputed convolution + batch_norm" if recompute else "batch_norm"
+    assert gk.fused_chains(m) == {"1": inner, "4": inner, "7": last}
     compiled = torch.compile(m, backend="aot_eager", fullgraph=True)
     for width in (1.0, 0.93, 0.81, 0.7, 0.55, 0.6, 1.0):
         x = torch.randn(2, 3, 8, 8)
@@ -38,11 +43,12 @@ def test_all_widths_share_one_recompilation():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
-def test_compiled_step_equals_eager_step():
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_step_equals_eager_step(recompute):
     images, targets = torch.randn(4, 3, 12, 12), torch.arange(4)
     losses = []
     for compiled in (False, True):
-        m = model()
+        m = model(recompute)
         network = torch.compile(m, backend="aot_eager", fullgraph=True) if compiled else m
         step = gk.GradAug(network, torch.optim.SGD(m.parameters(), 0.1), resolutions=(12, 10))
         losses.append([torch.stack((r.full, *r.subnets)) for r in (step(images, targets) for _ in range(3))])

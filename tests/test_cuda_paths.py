@@ -172,6 +172,8 @@ def test_one_variable_chooses():
     assert all(served["cudnn"][op] == "cudnn" for op in convolutions)
     assert all(served["cudnn"][op] == "gemm" for op in linears)
     assert set(served["reference"].values()) == {"reference"}
+    for op in ("slim_norm_conv2d", "slim_norm_conv2d_backward_", "slim_conv2d_statistics", "slim_channel_statistics"):
+        assert op not in served["cudnn"] | served["reference"] | served["without triton"], "the composite serves"
     paths = served["without triton"]["slim_conv2d"].split("+")
     assert {"gemm", "cudnn"} <= set(paths)
     assert not {"triton", "depthwise"} & set(paths)
@@ -197,6 +199,82 @@ def test_registered_kernels_pass_their_arguments_on(monkeypatch, name):
     ops.slim_conv2d_weight_grad_(y, x, expected, *case.geometry)
     weight_grad(y, x, got, *case.geometry)
     torch.testing.assert_close(got, expected)
+
+
+NORMED_CONVOLUTIONS = ("slim_channel_statistics", "slim_conv2d_statistics", "slim_norm_conv2d")
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["1x1", "2 groups", "3x3 of the full width"])
+def test_norms_are_composed_on_paths_without_them(monkeypatch, name):
+    """What the CUDA key calls, on CPU tensors in float64, whose paths are gemm and cudnn."""
+    monkeypatch.setattr(_cuda_paths, "table_of", lambda device: {})
+    case = next(case for case in conv_cases() if case.name == name)
+    x, weight, bias = case.tensors(torch.float64)
+    gamma, beta = torch.randn(2, x.shape[1] + 3, dtype=torch.float64)
+    kernels = {op._schema.name.removeprefix("gradaug::"): k for op, k in _cuda_paths._NORMED_CONVOLUTIONS.items()}
+    ops, conv = torch.ops.gradaug, (weight, bias, case.out_channels, *case.geometry)
+    norm = (None, None, gamma, beta, False, True, 1e-5)
+    for op, arguments in zip(NORMED_CONVOLUTIONS, ((x,), (x, *conv), (x, *norm, *conv, True)), strict=True):
+        for actual, expected in zip(kernels[op](*arguments), getattr(ops, op)(*arguments), strict=True):
+            torch.testing.assert_close(actual, expected)
+    y, mean, var = ops.slim_norm_conv2d(x, *norm, *conv, False)[:3]
+    expected_dw, got_dw = torch.zeros_like(weight), torch.zeros_like(weight)
+    norm = (mean, var, gamma, beta, True, True, 1e-5)
+    expected = ops.slim_norm_conv2d_backward_(y, x, *norm, weight, expected_dw, *case.geometry, True, True)
+    got = kernels["slim_norm_conv2d_backward_"](y, x, *norm, weight, got_dw, *case.geometry, True, True)
+    for actual, other in zip((*got, got_dw), (*expected, expected_dw), strict=True):
+        torch.testing.assert_close(actual, other)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("input_grad", "weight_grad", "made"),
+    [("triton", "triton", 0), ("triton", "cudnn", 1), ("cudnn", "triton", 1), ("cudnn", "cudnn", 1)],
+)
+def test_norms_are_fused_where_triton_serves(monkeypatch, input_grad, weight_grad, made):
+    """Each direction of SLICE_3X3 takes the kernel of its path; the norm's output is made only for the others."""
+    kernels = _cuda_paths._fused()
+    called = []
+
+    def record(module, name, result=None):
+        monkeypatch.setattr(module, name, lambda *a, **k: called.append(name) or (result and result(*a, **k)))
+
+    class Ops:
+        def slim_batch_norm(self, x, *arguments):
+            called.append("slim_batch_norm")
+            return (x,)
+
+        def slim_conv2d_weight_grad_(self, *arguments):
+            called.append("slim_conv2d_weight_grad_")
+
+        def slim_conv2d_input_grad(self, dy, weight, size, *arguments):
+            called.append("slim_conv2d_input_grad")
+            return dy.new_empty(size)
+
+        def slim_batch_norm_backward(self, da, x, mask, *arguments):
+            called.append("masked" if mask is not None else "not masked")
+            return da, None, None, None
+
+    monkeypatch.setattr(kernels, "_OPS", Ops())
+    record(kernels, "norm_of", lambda *a: kernels.Norm(torch.empty(3, 60), True))
+    record(kernels, "weight_grad")
+    record(kernels, "input_grad", lambda dy, weight, size, *a, **k: dy.new_empty(size))
+    table = {"input_grad": input_grad, "weight_grad": weight_grad}
+    monkeypatch.setattr(_cuda_paths, "_path", lambda geometry, device: table[geometry.direction])
+    monkeypatch.setattr(
+        _cuda_paths, "slim_norm_conv2d_backward__reference", lambda *a: called.append("slim_batch_norm")
+    )
+    x, weight, dy = torch.empty(8, 60, 14, 14), torch.empty(64, 64, 3, 3), torch.empty(8, 60, 14, 14)
+    norm = (torch.empty(60), torch.empty(60), None, None, True, True, 1e-5)
+    _cuda_paths._slim_norm_conv2d_backward_(
+        dy, x, *norm, weight, torch.empty_like(weight), [1, 1], [1, 1], [1, 1], 1, True, True
+    )
+    assert called.count("slim_batch_norm") == made
+    assert ("weight_grad" in called) == (weight_grad == "triton")
+    assert ("input_grad" in called) == (input_grad == "triton")
+    if made == 0 or input_grad == "triton":
+        assert "not masked" in called, "the kernel of the input gradient zeroed it where the ReLU did"
 
 
 # ---- the paths through ATen

@@ -10,6 +10,7 @@ The CUDA C++ kernels are inspected by test_gpu_code_cuda.py.
 """
 
 import csv
+import itertools
 import multiprocessing
 import os
 import re
@@ -17,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -121,17 +121,51 @@ def operands(geometry):
     return x, weight, dy.to(memory_format=torch.channels_last)
 
 
-def launches(geometry) -> Iterator[tuple]:
-    """(kernel, arguments) of all that the launcher of a geometry launches."""
-    from gradaug_kernels._triton import depthwise_conv2d, slim_conv2d
+def recorded(call) -> list[tuple]:
+    """(kernel, arguments) of all that a call of the launchers launches."""
+    from gradaug_kernels._triton import depthwise_conv2d, slim_conv2d, slim_norm_conv2d
+
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (slim_conv2d, depthwise_conv2d, slim_norm_conv2d):
+            patch.setattr(module, "launch", lambda kernel, grid, **arguments: found.append((kernel, arguments)))
+        call()
+    return found
+
+
+def launches(geometry) -> list[tuple]:
+    """What the launcher of a geometry launches."""
     from gradaug_kernels.tune import call
 
-    recorded = []
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (slim_conv2d, depthwise_conv2d):
-            patch.setattr(module, "launch", lambda kernel, grid, **arguments: recorded.append((kernel, arguments)))
-        call("depthwise" if geometry.depthwise else "triton", geometry, *operands(geometry))()
-    return recorded
+    return recorded(call("depthwise" if geometry.depthwise else "triton", geometry, *operands(geometry)))
+
+
+def normed_launches(dtype: torch.dtype, c: int, n: int = 64) -> list[tuple]:
+    """What a 3x3 convolution of c channels launches with a batch norm before it, after it, and on both sides."""
+    from gradaug_kernels._cuda_paths import Geometry
+    from gradaug_kernels._triton import slim_norm_conv2d as kernels
+
+    pairs = ((1, 1), (1, 1), (1, 1))
+    geometry = (*pairs, 1)
+    x, weight, dy = operands(Geometry("forward", dtype, n, c, 14, 14, c, 256, 256, 3, 3, *geometry))
+    (mean, var), (gamma, beta) = torch.empty((2, c), device="meta"), torch.empty((2, 256), device="meta")
+    norm, conv = (mean, var, gamma, beta, True, True, 1e-5), (weight, None, c, *geometry)
+    dweight = torch.empty_like(weight, dtype=torch.float32)
+    after = (weight, dweight, *geometry, True, True)
+    return [
+        *recorded(lambda: kernels.slim_norm_conv2d_triton(x, *norm, *conv, False)),
+        *recorded(lambda: kernels.slim_norm_conv2d_triton(x, *norm, *conv, True)),
+        *recorded(lambda: kernels.slim_conv2d_statistics_triton(x, *conv)),
+        *recorded(lambda: kernels.slim_channel_statistics_triton(dy)),
+        *recorded(lambda: kernels.slim_norm_conv2d_backward__triton(dy, x, *norm, *after)),
+    ]
+
+
+NORMED = (
+    *((torch.bfloat16, c) for c in (64, 240, 238, 119)),
+    (torch.float16, 240),
+    *((torch.float32, c) for c in (240, 119)),
+)
 
 
 def constants(kernel, arguments) -> dict:
@@ -158,16 +192,23 @@ def compile_for(target: int, kernel, arguments):
 def triton_rows(target: int) -> list[dict]:
     """One row of figures per compiled kernel. Runs in a process of its own, whose Triton driver it replaces."""
     rows = {}
+
+    def add(kernel, arguments):
+        key = (kernel.__name__, dtype_of(arguments), variant(kernel, arguments), f"sm_{target}")
+        if key not in rows:
+            compiled = compile_for(target, kernel, arguments)
+            rows[key] = figures(compiled.asm["cubin"]) | {"shared_bytes": compiled.metadata.shared}
+
     for precision in ("tf32", "ieee"):
         torch.backends.cudnn.conv.fp32_precision = precision
         for geometry in geometries():
-            if precision == "ieee" and geometry.dtype != torch.float32:
-                continue
-            for kernel, arguments in launches(geometry):
-                key = (kernel.__name__, dtype_of(arguments), variant(kernel, arguments), f"sm_{target}")
-                if key not in rows:
-                    compiled = compile_for(target, kernel, arguments)
-                    rows[key] = figures(compiled.asm["cubin"]) | {"shared_bytes": compiled.metadata.shared}
+            if precision == "tf32" or geometry.dtype == torch.float32:
+                for launched in launches(geometry):
+                    add(*launched)
+        for dtype, c in NORMED:
+            if precision == "tf32" or dtype == torch.float32:
+                for launched in normed_launches(dtype, c):
+                    add(*launched)
     return [
         dict(zip(KEY, key, strict=True)) | row | {"compiler": f"triton {triton.__version__}"}
         for key, row in rows.items()
@@ -246,8 +287,8 @@ def test_figures_are_no_worse_than_the_table(rows):
 # ---- a new width compiles nothing
 
 
-def compiled_kernels(widths: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Kernels in Triton's own caches after passes at many widths, and distinct sets of declared constants."""
+def compiled_kernels(widths: int) -> tuple[dict[str, int], dict[str, set]]:
+    """Kernels in Triton's own caches after passes at many widths, and the distinct sets of declared constants."""
     from gradaug_kernels._cuda_paths import DIRECTIONS, Geometry
 
     declared: dict[str, set] = {}
@@ -256,21 +297,26 @@ def compiled_kernels(widths: int) -> tuple[dict[str, int], dict[str, int]]:
         pairs = ((1, 1), (1, 1), (1, 1))
         dense = Geometry("forward", torch.bfloat16, 8, c, 14, 14, c - 1, 256, 256, 3, 3, *pairs, 1)
         depthwise = dense._replace(o=c, full_c=1, groups=c)
-        for geometry in (g._replace(direction=d) for g in (dense, depthwise) for d in DIRECTIONS):
-            for kernel, arguments in launches(geometry):
-                launched[kernel.__name__] = kernel
-                compile_for(90, kernel, arguments)
-                declared.setdefault(kernel.__name__, set()).add(variant(kernel, arguments))
+        plain = (launches(g._replace(direction=d)) for g in (dense, depthwise) for d in DIRECTIONS)
+        for kernel, arguments in itertools.chain(*plain, normed_launches(torch.bfloat16, c, 8)):
+            launched[kernel.__name__] = kernel
+            compile_for(90, kernel, arguments)
+            declared.setdefault(kernel.__name__, set()).add((dtype_of(arguments), variant(kernel, arguments)))
     caches = {name: len(kernel.device_caches[90][0]) for name, kernel in launched.items()}
-    return caches, {name: len(found) for name, found in declared.items()}
+    return caches, declared
 
 
 def test_a_new_width_compiles_nothing():
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         caches, declared = pool.submit(compiled_kernels, 40).result()
-    assert set(caches) == set(declared)
-    assert caches == declared, "something other than the declared constants was compiled in"
-    assert max(caches.values()) <= 6, "few buckets of vector width and tile for 40 widths"
+    counts = {name: len(found) for name, found in declared.items()}
+    assert caches == counts, "something other than the declared constants was compiled in"
+    kinds = Counter(
+        (name, *re.findall(r"(?:NORM|STATISTICS|MASK)=\d", constants))
+        for name, found in declared.items()
+        for _, constants in found
+    )
+    assert max(kinds.values()) <= 6, "few buckets of vector width and tile for 40 widths"
 
 
 def main():

@@ -34,13 +34,28 @@ def relative_error(actual, expected):
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("accumulate", [True, False])
-def test_ten_steps_equal_plain_pytorch(accumulate):
+def small_bottlenecks():
+    torch.manual_seed(0)
+    model = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=10)
+    return model.double()
+
+
+@pytest.mark.parametrize(
+    ("network", "accumulate", "recompute"),
+    [
+        (small_resnet, True, False),
+        (small_resnet, False, False),
+        (small_bottlenecks, True, False),
+        (small_bottlenecks, True, True),
+        (small_bottlenecks, False, True),
+    ],
+)
+def test_ten_steps_equal_plain_pytorch(network, accumulate, recompute):
     """The network-level test: losses and weights of ten published steps, float64, relative error under 1e-9."""
-    model = small_resnet()
+    model = network()
     oracle = eager_slimmable(model)
     oracle_optimizer = sgd(oracle)
-    gk.convert(model)
+    gk.convert(model, recompute=recompute)
     step = gk.GradAug(model, sgd(model), min_width=0.8, resolutions=(16, 14, 12), accumulate=accumulate)
     seen = set()
     for images, targets in batches(10):

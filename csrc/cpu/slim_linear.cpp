@@ -4,9 +4,13 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 namespace {
 
 using at::Tensor;
+
+constexpr int64_t kBlock = 1 << 17;  // elements of the weight gradient that are computed at a time
 
 struct NoAutocast {
   c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
@@ -32,7 +36,12 @@ void slim_linear_weight_grad_(const Tensor& dy, const Tensor& x, Tensor& dweight
   if (target.scalar_type() == x.scalar_type()) {
     target.addmm_(dy2.t(), x2);
   } else {
-    target.add_(at::mm(dy2.t(), x2));
+    // In blocks of rows: the product, and its copy in the target's dtype, would be as large as the weight.
+    const int64_t rows = std::max<int64_t>(64, kBlock / std::max<int64_t>(1, x2.size(1)));
+    for (int64_t o = 0; o < target.size(0); o += rows) {
+      const int64_t n = std::min(rows, target.size(0) - o);
+      target.narrow(0, o, n).add_(at::mm(dy2.narrow(1, o, n).t(), x2));
+    }
   }
 }
 

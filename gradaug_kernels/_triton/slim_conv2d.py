@@ -9,13 +9,20 @@ Sums are float32 whatever the operands are; float32 operands are multiplied as t
 convolutions says. Groups are one grid axis: a group is the same convolution between other channels.
 The weight gradient splits its long sum over pixels among programs. Each writes a partial sum, and a second kernel adds
 these in a fixed order to the buffer, so that equal inputs give equal bits.
+
+The kernels also do their part of a batch norm before the convolution (NORM: x is normalised as it is loaded; MASK: dx
+is zeroed where the ReLU after the norm was) and of one after it (STATISTICS: moments of each tile of y), for the
+launchers of slim_norm_conv2d.py. Coefficients of a norm are [3, G * C]: x -> (x - mean) * scale + offset. What is not
+asked for is not compiled in.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .._layout import empty_nhwc, nhwc, slice_ohwi
 from ..ops.slim_conv2d import _memory_format, _output_size
@@ -23,6 +30,18 @@ from .geometry import congruent_pixels
 from .launch import MULTIPROCESSORS, largest_tile, launch, strides, vector_width
 
 # ---- forward
+
+
+@triton.jit
+def normalised(x, inside, coefficients, channels, channel, valid, RELU: tl.constexpr):
+    # x [rows, columns], columns being channels, as the batch norm and its ReLU leave it, in float32; zero outside.
+    mean = tl.load(coefficients + channel, mask=valid, other=0.0)  # [columns]
+    scale = tl.load(coefficients + channels + channel, mask=valid, other=0.0)
+    offset = tl.load(coefficients + 2 * channels + channel, mask=valid, other=0.0)
+    z = (x.to(tl.float32) - mean[None, :]) * scale[None, :] + offset[None, :]
+    if RELU:
+        z = tl.maximum(z, 0.0)
+    return tl.where(inside[:, None], z, 0.0)
 
 
 @triton.jit(
@@ -35,7 +54,9 @@ def slim_conv2d_fwd_kernel(
     x,  # [N, H, W, G * C]
     w,  # [>= G * O, KH, KW, >= C]
     bias,  # [>= G * O]; unread unless HAS_BIAS
+    coefficients,  # [3, G * C], float32: mean, scale, offset of the norm of x; unread unless NORM
     y,  # [N, OH, OW, G * O], dense
+    moments,  # [3, tiles of pixels, G * O], float32, as store_moments has them; unwritten unless STATISTICS
     M,  # N * OH * OW
     C,  # input channels of a group, in vectors, as are O and the strides
     O,  # output channels of a group  # noqa: E741
@@ -60,6 +81,9 @@ def slim_conv2d_fwd_kernel(
     dilation_w,
     VEC: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    NORM: tl.constexpr,
+    RELU: tl.constexpr,
+    STATISTICS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -69,7 +93,7 @@ def slim_conv2d_fwd_kernel(
     # are neighbours, so that x comes from the cache for all but the first.
     # Reads: for each chunk of BLOCK_K input channels and each tap, the pixels under the tap, zero in the padding, and
     # the weights of the tap. Taps are the inner loop: the nine of a 3x3 kernel read almost the same lines of x.
-    # Keeps: the tile's float32 sums. Writes: the tile, once.
+    # Keeps: the tile's float32 sums. Writes: the tile, once, and its moments of each channel.
     C, O, y_pitch = C * VEC, O * VEC, y_pitch * VEC  # noqa: E741
     xn, xh, xw = xn.to(tl.int64) * VEC, xh * VEC, xw * VEC
     wo, wh, ww = wo * VEC, wh * VEC, ww * VEC
@@ -93,6 +117,9 @@ def slim_conv2d_fwd_kernel(
         inside = (m < M) & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
         x_offsets = kh * dilation_h * xh + kw * dilation_w * xw + c  # [BLOCK_K]
         a = tl.load(x_rows[:, None] + x_offsets[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
+        if NORM:
+            channels = tl.num_programs(1) * C
+            a = normalised(a, inside, coefficients, channels, group * C + c, c < C, RELU).to(x.dtype.element_ty)
         w_offsets = kh * wh + kw * ww + c  # [BLOCK_K]
         b = tl.load(w_columns[None, :] + w_offsets[:, None], mask=(o < O)[None, :] & (c < C)[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
@@ -101,6 +128,36 @@ def slim_conv2d_fwd_kernel(
         acc += tl.load(bias + group * O + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
     y_tile = y + m.to(tl.int64)[:, None] * y_pitch + (group * O + o)[None, :]
     tl.store(y_tile, acc.to(y.dtype.element_ty), mask=(m < M)[:, None] & (o < O)[None, :])
+    if STATISTICS:
+        channels = tl.num_programs(1) * O
+        tile = pid // blocks_n
+        store_moments(
+            acc.to(y.dtype.element_ty),
+            m < M,
+            moments + tile * channels,
+            tl.cdiv(M, BLOCK_M) * channels,
+            group * O + o,
+            o < O,
+        )
+
+
+@triton.jit
+def store_moments(y, inside, moments, plane, channel, valid):
+    # Of the rows of y [rows, columns] that are inside, at least one, for each column: a center near the mean, and the
+    # sums of the differences from it and of their squares. Large means blur neither, nor does the center's rounding.
+    v = tl.where(inside[:, None], y.to(tl.float32), 0.0)
+    center = column_sums(v) / tl.sum(inside.to(tl.float32), 0)  # [columns]
+    d = tl.where(inside[:, None], v - center[None, :], 0.0)
+    tl.store(moments + channel, center, mask=valid)
+    tl.store(moments + plane + channel, column_sums(d), mask=valid)
+    tl.store(moments + 2 * plane + channel, column_sums(d * d), mask=valid)
+
+
+@triton.jit
+def column_sums(v):
+    # v: [32 k, columns]. In three steps, so that the order in which a backend adds the rows of one matters little.
+    rows: tl.constexpr = v.shape[0] // 32
+    return tl.sum(tl.sum(tl.sum(tl.reshape(v, (8, 4, rows, v.shape[1])), 0), 0), 0)
 
 
 # ---- input gradient
@@ -109,6 +166,7 @@ def slim_conv2d_fwd_kernel(
 @triton.jit(
     do_not_specialize=[
         *("N", "C", "O", "H", "W", "OH", "OW", "KH", "KW", "yn", "yh", "yw", "wo", "wh", "ww", "x_pitch"),
+        *("xn", "xh", "xw"),
         *("stride_h", "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w", "tap_step_h", "tap_step_w"),
     ]
 )
@@ -116,6 +174,8 @@ def slim_conv2d_input_grad_kernel(
     dy,  # [N, OH, OW, G * O]
     w,  # [>= G * O, KH, KW, >= C]
     dx,  # [N, H, W, G * C], dense
+    x,  # [N, H, W, G * C]; unread unless MASK, as are its strides
+    coefficients,  # [3, G * C], float32: mean, scale, offset of the norm of x; unread unless MASK
     N,
     C,  # input channels of a group, in vectors, as are O and the strides
     O,  # output channels of a group  # noqa: E741
@@ -132,6 +192,9 @@ def slim_conv2d_input_grad_kernel(
     wh,
     ww,
     x_pitch,
+    xn,
+    xh,
+    xw,
     stride_h,
     stride_w,
     padding_h,
@@ -141,6 +204,7 @@ def slim_conv2d_input_grad_kernel(
     tap_step_h,
     tap_step_w,
     VEC: tl.constexpr,
+    MASK: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -150,7 +214,8 @@ def slim_conv2d_input_grad_kernel(
     # (pixel + padding) % stride: these are reached by the same taps, and no other tap is visited. stride_h * stride_w
     # such classes, times the groups, are grid axis 1.
     # Reads: for each chunk of BLOCK_K output channels and each tap, the outputs that the tap brings to the pixels, zero
-    # outside the image, and the weights of the tap. Keeps: the tile's float32 sums. Writes: the tile, zeros included.
+    # outside the image, and the weights of the tap; with MASK also the tile of x, to zero dx where the ReLU of its norm
+    # did. Keeps: the tile's float32 sums. Writes: the tile, zeros included.
     C, O, x_pitch = C * VEC, O * VEC, x_pitch * VEC  # noqa: E741
     yn, yh, yw = yn.to(tl.int64) * VEC, yh * VEC, yw * VEC
     wo, wh, ww = wo * VEC, wh * VEC, ww * VEC
@@ -189,6 +254,13 @@ def slim_conv2d_input_grad_kernel(
         b = tl.load(w_columns[None, :] + w_offsets[:, None], mask=(c < C)[None, :] & (o < O)[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
+    if MASK:
+        ih, iw = ih0 + row * stride_h, iw0 + column * stride_w
+        x_rows = x + group * C + n * (xn.to(tl.int64) * VEC) + (ih * (xh * VEC) + iw * (xw * VEC))  # [BLOCK_M]
+        a = tl.load(x_rows[:, None] + c[None, :], mask=(m < M)[:, None] & (c < C)[None, :], other=0.0)
+        channels = tl.num_programs(1) // classes * C
+        z = normalised(a, m < M, coefficients, channels, group * C + c, c < C, False)
+        acc = tl.where(z > 0, acc, 0.0)
     pixel = (n.to(tl.int64) * H + ih0 + row * stride_h) * W + iw0 + column * stride_w  # [BLOCK_M]
     dx_tile = dx + pixel[:, None] * x_pitch + (group * C + c)[None, :]
     tl.store(dx_tile, acc.to(dx.dtype.element_ty), mask=(m < M)[:, None] & (c < C)[None, :])
@@ -207,6 +279,7 @@ def slim_conv2d_input_grad_kernel(
 def slim_conv2d_weight_grad_kernel(
     dy,  # [N, OH, OW, G * O]
     x,  # [N, H, W, G * C]
+    coefficients,  # [3, G * C], float32: mean, scale, offset of the norm of x; unread unless NORM
     dweight,  # [splits, >= G * O, >= C, KH, KW], strides ds, do, dc, dh, dw: partial sums, or the gradient itself
     M,  # N * OH * OW
     M_split,  # pixels of one split
@@ -237,6 +310,8 @@ def slim_conv2d_weight_grad_kernel(
     dilation_w,
     VEC: tl.constexpr,
     ADD: tl.constexpr,
+    NORM: tl.constexpr,
+    RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -272,6 +347,9 @@ def slim_conv2d_weight_grad_kernel(
         a = tl.load(y_rows[:, None] + y_columns[None, :], mask=(m < end)[:, None] & (o < O)[None, :], other=0.0)
         x_rows = n * xn + (ih * xh + iw * xw)
         b = tl.load(x_rows[:, None] + x_columns[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
+        if NORM:
+            channels = tl.num_programs(2) * C
+            b = normalised(b, inside, coefficients, channels, group * C + c, c < C, RELU).to(x.dtype.element_ty)
         acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
 
     tile = dweight + split * ds.to(tl.int64) + (kh * dh + kw * dw + group * O * do)
@@ -391,34 +469,60 @@ def _axes(stride, padding, dilation) -> dict[str, int]:
     return {f"{name}_{axis}": pair[i] for name, pair in pairs.items() for i, axis in enumerate("hw")}
 
 
+class Norm(NamedTuple):
+    """The batch norm and ReLU of a convolution's input, for the kernels."""
+
+    coefficients: Tensor  # [3, C], float32: mean, scale, offset
+    relu: bool
+
+
 def slim_conv2d_triton(x, weight, bias, out_channels, stride, padding, dilation, groups):
+    return forward(x, weight, bias, out_channels, stride, padding, dilation, groups)[0]
+
+
+def forward(x, weight, bias, out_channels, stride, padding, dilation, groups, norm=None, statistics=False):
+    """y; and its moments [3, tiles, out_channels] and the pixels of a tile, where statistics are wanted.
+
+    norm: of x, or None.
+    """
     n, channels, h, w = x.shape
     kh, kw = weight.shape[2:]
     oh, ow = (_output_size(x.shape[2 + a], weight.shape[2 + a], stride[a], padding[a], dilation[a]) for a in (0, 1))
     y = empty_nhwc(x, n, out_channels, oh, ow)
     c, o = channels // groups, out_channels // groups
+    moments, tile = None, 0
     if y.numel() > 0:
         a, b = nhwc(x), slice_ohwi(weight, out_channels, c)
         vec = vector_width((a, b, y), c, o)
         precision = input_precision(x.dtype)
         blocks = forward_blocks(n * oh * ow, o, c, vec, x.dtype, precision)
-        tiles = triton.cdiv(n * oh * ow, blocks["BLOCK_M"]) * triton.cdiv(o, blocks["BLOCK_N"])
+        tile = blocks["BLOCK_M"]
+        tiles_m = triton.cdiv(n * oh * ow, tile)
+        if statistics:
+            moments = torch.empty((3, tiles_m, out_channels), dtype=torch.float32, device=x.device)
         with torch.cuda.device_of(x):
             launch(
                 slim_conv2d_fwd_kernel,
-                (tiles, groups),
+                (tiles_m * triton.cdiv(o, blocks["BLOCK_N"]), groups),
                 **{"x": a, "w": b, "bias": b if bias is None else bias, "y": y, "M": n * oh * ow},
+                **{"coefficients": norm.coefficients if norm else b, "moments": y if moments is None else moments},
                 **{"C": c // vec, "O": o // vec, "H": h, "W": w, "OH": oh, "OW": ow, "KH": kh, "KW": kw},
                 **strides(a, vec, "xn", "xh", "xw"),
                 **strides(b, vec, "wo", "wh", "ww"),
                 **{"y_pitch": out_channels // vec, "VEC": vec, "HAS_BIAS": bias is not None, "PRECISION": precision},
+                **{"NORM": norm is not None, "RELU": norm is not None and norm.relu, "STATISTICS": statistics},
                 **_axes(stride, padding, dilation),
                 **blocks,
             )
-    return y.contiguous(memory_format=_memory_format(x, weight))
+    return y.contiguous(memory_format=_memory_format(x, weight)), moments, tile
 
 
 def slim_conv2d_input_grad_triton(dy, weight, input_size, stride, padding, dilation, groups):
+    return input_grad(dy, weight, input_size, stride, padding, dilation, groups)
+
+
+def input_grad(dy, weight, input_size, stride, padding, dilation, groups, x=None, coefficients=None):
+    """dx. x, coefficients: zero dx where a ReLU did, after a norm of x with these coefficients [3, C]."""
     n, channels, h, w = input_size
     kh, kw = weight.shape[2:]
     out_channels, oh, ow = dy.shape[1:]
@@ -426,7 +530,8 @@ def slim_conv2d_input_grad_triton(dy, weight, input_size, stride, padding, dilat
     c, o = channels // groups, out_channels // groups
     if dx.numel() > 0:
         a, b = nhwc(dy), slice_ohwi(weight, out_channels, c)
-        vec = vector_width((a, b, dx), c, o)
+        masked = dx if x is None else nhwc(x)
+        vec = vector_width((a, b, dx, masked), c, o)
         precision = input_precision(dy.dtype)
         largest_class = n * triton.cdiv(h, stride[0]) * triton.cdiv(w, stride[1])
         blocks = forward_blocks(largest_class, c, o, vec, dy.dtype, precision)
@@ -435,11 +540,12 @@ def slim_conv2d_input_grad_triton(dy, weight, input_size, stride, padding, dilat
             launch(
                 slim_conv2d_input_grad_kernel,
                 (tiles, groups * stride[0] * stride[1]),
-                **{"dy": a, "w": b, "dx": dx, "N": n},
+                **{"dy": a, "w": b, "dx": dx, "x": masked, "coefficients": b if x is None else coefficients, "N": n},
                 **{"C": c // vec, "O": o // vec, "H": h, "W": w, "OH": oh, "OW": ow, "KH": kh, "KW": kw},
                 **strides(a, vec, "yn", "yh", "yw"),
                 **strides(b, vec, "wo", "wh", "ww"),
-                **{"x_pitch": channels // vec, "VEC": vec, "PRECISION": precision},
+                **strides(masked, vec, "xn", "xh", "xw"),
+                **{"x_pitch": channels // vec, "VEC": vec, "MASK": x is not None, "PRECISION": precision},
                 **_axes(stride, padding, dilation),
                 tap_step_h=stride[0] // math.gcd(stride[0], dilation[0]),
                 tap_step_w=stride[1] // math.gcd(stride[1], dilation[1]),
@@ -449,6 +555,11 @@ def slim_conv2d_input_grad_triton(dy, weight, input_size, stride, padding, dilat
 
 
 def slim_conv2d_weight_grad__triton(dy, x, dweight, stride, padding, dilation, groups):
+    weight_grad(dy, x, dweight, stride, padding, dilation, groups)
+
+
+def weight_grad(dy, x, dweight, stride, padding, dilation, groups, norm=None) -> None:
+    """Adds to dweight. norm: of x, or None."""
     if dy.numel() == 0:
         return
     n, channels, h, w = x.shape
@@ -470,7 +581,8 @@ def slim_conv2d_weight_grad__triton(dy, x, dweight, stride, padding, dilation, g
         launch(
             slim_conv2d_weight_grad_kernel,
             (tiles, splits, groups),
-            **{"dy": a, "x": b, "dweight": target, "M": n * oh * ow, "M_split": share},
+            **{"dy": a, "x": b, "coefficients": norm.coefficients if norm else b, "dweight": target},
+            **{"M": n * oh * ow, "M_split": share, "NORM": norm is not None, "RELU": norm is not None and norm.relu},
             **{"C": c // vec, "O": o // vec, "H": h, "W": w, "OH": oh, "OW": ow, "KH": kh, "KW": kw},
             **strides(a, vec, "yn", "yh", "yw"),
             **strides(b, vec, "xn", "xh", "xw"),

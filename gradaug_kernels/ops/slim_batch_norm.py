@@ -32,8 +32,8 @@ def _per_channel(v: Tensor) -> Tensor:
     return v[:, None, None]  # [C] -> [C, 1, 1]
 
 
-def check_slim_batch_norm(x, weight, bias, mean, var, residual, relu, eps) -> None:
-    """The contract of the arguments, for the operator and for its fake alike.
+def check_slim_batch_norm(x, weight, bias, mean, var, residual, relu, eps, names=("weight", "bias")) -> None:
+    """The contract of the arguments, for the operator and for its fake alike. names: what weight and bias are called.
 
     Raises:
         ValueError: for shapes that do not fit. TypeError: for dtypes that are not floating or that differ.
@@ -43,7 +43,7 @@ def check_slim_batch_norm(x, weight, bias, mean, var, residual, relu, eps) -> No
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}; scale integer images to floats first")
     channels = x.shape[1]
-    for name, tensor in (("weight", weight), ("bias", bias)):
+    for name, tensor in zip(names, (weight, bias), strict=True):
         if tensor is None:
             continue
         if tensor.dim() != 1 or tensor.shape[0] < channels:
@@ -192,6 +192,35 @@ differentiable(_slim_batch_norm, _setup_context, _backward)
 differentiable_once(_slim_batch_norm_backward)
 
 
+# ---- statistics of the batch that are known already: those of the convolution that wrote x
+
+
+def slim_batch_norm_precomputed_reference(x, weight, bias, mean, var, residual, relu, eps):
+    return _slim_batch_norm(x, weight, bias, mean, var, residual, relu, eps)[0]
+
+
+_slim_batch_norm_precomputed = define(
+    "slim_batch_norm_precomputed(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, Tensor? residual, "
+    "bool relu, float eps) -> Tensor",
+    slim_batch_norm_precomputed_reference,
+    lambda *arguments: _fake(*arguments)[0],
+    composite=True,
+)
+
+
+def _precomputed_setup_context(ctx, inputs, output):
+    x, weight, bias, mean, var, residual, relu, ctx.eps = inputs
+    ctx.save_for_backward(x, output if relu else None, weight, bias, mean, var)
+    ctx.batch_stats, ctx.has_residual = True, residual is not None
+
+
+def _precomputed_backward(ctx, dy):
+    return _backward(ctx, dy, None, None)
+
+
+differentiable(_slim_batch_norm_precomputed, _precomputed_setup_context, _precomputed_backward)
+
+
 # ---- public function
 
 
@@ -204,6 +233,7 @@ def slim_batch_norm(
     residual: Tensor | None = None,
     relu: bool = False,
     eps: float = 1e-5,
+    batch_stats: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Batch norm with `weight[:C]` and `bias[:C]`, then an optional residual add, then an optional ReLU.
 
@@ -213,6 +243,7 @@ def slim_batch_norm(
         mean, var: [C], float32 (float64 for float64 x): statistics to normalise with; None takes the batch's.
         residual: [N, C, H, W], dtype of x, added before the ReLU.
         eps: added to the variance.
+        batch_stats: mean and var are those of x, so that the backward pass differentiates through them.
 
     Returns:
         y [N, C, H, W] in dtype and memory format of x, and the mean and biased variance [C] that were used.
@@ -221,4 +252,6 @@ def slim_batch_norm(
         ValueError, TypeError: as `check_slim_batch_norm`, when shapes or dtypes do not fit.
     """
     check_slim_batch_norm(x, weight, bias, mean, var, residual, relu, eps)
+    if batch_stats and mean is not None:
+        return _slim_batch_norm_precomputed(x, weight, bias, mean, var, residual, relu, eps), mean, var
     return _slim_batch_norm(x, weight, bias, mean, var, residual, relu, eps)

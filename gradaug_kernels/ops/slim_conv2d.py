@@ -197,11 +197,15 @@ class _IntoBuffer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        dx = _slim_conv2d_input_grad(dy, weight, x.shape, *ctx.geometry) if ctx.needs_input_grad[0] else None
-        _slim_conv2d_weight_grad_(dy, x, ctx.weight_grad, *ctx.geometry)
-        dbias = bias_grad(dy, 1, ctx.bias_size) if ctx.needs_input_grad[2] else None
-        return dx, None, dbias, None, None, None, None, None, None
+        return _backward_into_buffer(ctx, dy)
+
+
+def _backward_into_buffer(ctx, dy):
+    x, weight = ctx.saved_tensors
+    dx = _slim_conv2d_input_grad(dy, weight, x.shape, *ctx.geometry) if ctx.needs_input_grad[0] else None
+    _slim_conv2d_weight_grad_(dy, x, ctx.weight_grad, *ctx.geometry)
+    dbias = bias_grad(dy, 1, ctx.bias_size) if ctx.needs_input_grad[2] else None
+    return dx, None, dbias, None, None, None, None, None, None
 
 
 @autocast_rule(_slim_conv2d)
@@ -210,6 +214,11 @@ def _autocast(dtype, x, weight, bias, *geometry):
 
 
 # ---- public function
+
+
+def _out_channels_and_geometry(weight, out_channels, stride, padding, dilation, groups) -> tuple[int, tuple]:
+    pairs = [[v, v] if isinstance(v, int) else list(v) for v in (stride, padding, dilation)]
+    return weight.shape[0] if out_channels is None else out_channels, (*pairs, groups)
 
 
 def slim_conv2d(
@@ -241,12 +250,11 @@ def slim_conv2d(
     Raises:
         ValueError, TypeError: as `check_slim_conv2d`, when shapes or dtypes do not fit.
     """
-    out_channels = weight.shape[0] if out_channels is None else out_channels
-    geometry = [[v, v] if isinstance(v, int) else list(v) for v in (stride, padding, dilation)]
-    check_slim_conv2d(x, weight, bias, out_channels, *geometry, groups)
+    out_channels, geometry = _out_channels_and_geometry(weight, out_channels, stride, padding, dilation, groups)
+    check_slim_conv2d(x, weight, bias, out_channels, *geometry)
     if weight_grad is not None:
         check_gradient_buffer(weight_grad, weight)
         if in_autocast(x):
             x, weight, bias = _autocast(torch.get_autocast_dtype(x.device.type), x, weight, bias)
-        return _IntoBuffer.apply(x, weight, bias, weight_grad, out_channels, *geometry, groups)
-    return _slim_conv2d(x, weight, bias, out_channels, *geometry, groups)
+        return _IntoBuffer.apply(x, weight, bias, weight_grad, out_channels, *geometry)
+    return _slim_conv2d(x, weight, bias, out_channels, *geometry)

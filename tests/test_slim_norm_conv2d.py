@@ -1,0 +1,397 @@
+"""slim_norm_conv2d, slim_conv2d_norm and the statistics beside them, beside PyTorch's batch norm and convolution."""
+
+import pytest
+import torch
+from cases import ConvCase, conv_cases
+from torch import Tensor
+from torch_norm_conv import EPS, assert_moments, check_results, options_for, torch_results
+
+import gradaug_kernels as gk
+
+CASES = conv_cases()
+SOME = CASES[::4]
+OPS = torch.ops.gradaug
+
+
+def with_cases(cases):
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+all_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+
+
+def doubles(tensors) -> list[Tensor | None]:
+    return [None if t is None else t.double() for t in tensors]
+
+
+def norm_conv(case: ConvCase, options, tensors, **more) -> gk.ops.slim_norm_conv2d:
+    x, gamma, beta, mean, var, weight, bias = tensors
+    norm = {"gamma": gamma, "beta": beta, "mean": mean, "var": var, "relu": options.relu, "eps": EPS, **more}
+    return gk.slim_norm_conv2d(x, weight, bias, case.out_channels, *case.geometry, **norm)
+
+
+def leaves_of(tensors) -> list[Tensor | None]:
+    """Copies that take gradients: x, gamma, beta, weight and bias do, statistics do not. NaN outside slices is 0."""
+    copies = [None if t is None else t.nan_to_num().requires_grad_(i not in (3, 4)) for i, t in enumerate(tensors)]
+    copies[0] = tensors[0].detach().requires_grad_()  # with its strides
+    return copies
+
+
+def output_gradient(y: Tensor) -> Tensor:
+    values = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    return torch.empty_like(y).copy_(values)
+
+
+def gradients(case, options, tensors, dy=None, **more) -> dict[str, Tensor]:
+    """Under the names of torch_results."""
+    leaves = leaves_of(tensors)
+    x, gamma, beta, _, _, weight, _ = leaves
+    y = norm_conv(case, options, leaves, **more).y
+    wanted = {n: t for n, t in {"dx": x, "dgamma": gamma, "dbeta": beta, "dw": weight}.items() if t is not None}
+    found = dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), dy), strict=True))
+    for name in {"dgamma", "dbeta"} & found.keys():
+        assert found[name].shape == gamma.shape
+        assert found[name][case.channels[0] :].count_nonzero() == 0
+        found[name] = found[name][: case.channels[0]]
+    assert found["dw"].count_nonzero() == case.slice(found["dw"]).count_nonzero()
+    found["dw"] = case.slice(found["dw"])
+    return {"y": y.detach(), **found}
+
+
+# ---- norm, then convolution
+
+
+@all_dtypes
+@with_cases(CASES)
+def test_as_accurate_as_torch(case, dtype):
+    options = options_for(case)
+    tensors = options.tensors(case, dtype)
+    with torch.no_grad():
+        y, mean, var, y_mean, y_var = norm_conv(case, options, tensors, statistics=True)
+    assert (y.dtype, mean.dtype, y_mean.dtype) == (dtype, torch.float32, torch.float32)
+    if y.numel() == 0:
+        results = gradients(case, options, tensors, torch.ones_like(y))
+        assert all(result.count_nonzero() == 0 for result in results.values())
+        return
+    assert_moments(y, y_mean, y_var)
+    if options.given:
+        assert torch.equal(mean, tensors[3])
+        assert torch.equal(var, tensors[4])
+    dy = output_gradient(y)
+    ours = gradients(case, options, tensors, dy)
+    assert torch.equal(ours["y"], y)
+    check_results(
+        *(case, options, tensors[0], ours, torch_results(case, options, dy, *tensors)),
+        torch_results(case, options, dy.double(), *doubles(tensors)),
+    )
+
+
+@with_cases(CASES)
+def test_gradcheck(case):
+    options = options_for(case)
+    tensors = leaves_of(options.tensors(case, torch.float64))
+    mean, var = tensors[3:5]
+    given = [t for i, t in enumerate(tensors) if i not in (3, 4) and t is not None]
+
+    def function(*values):
+        values = iter(values)
+        full = [
+            (mean, var)[i - 3] if i in (3, 4) else None if t is None else next(values) for i, t in enumerate(tensors)
+        ]
+        return norm_conv(case, options, full).y
+
+    assert torch.autograd.gradcheck(function, given, fast_mode=True)
+
+
+@with_cases(SOME)
+def test_statistics_of_the_producer_are_differentiated_through(case):
+    """Gradients with the batch's statistics given as such are those of the operator that takes them itself."""
+    options = options_for(case)
+    x, gamma, beta, _, _, weight, bias = options.tensors(case, torch.float64)
+    tensors = (x, gamma, beta, None, None, weight, bias)
+    if x.numel() == 0:
+        return
+    mean, var = OPS.slim_channel_statistics(x)
+    known = (x, gamma, beta, mean, var, weight, bias)
+    dy = output_gradient(norm_conv(case, options, tensors).y)
+    expected = gradients(case, options, tensors, dy)
+    for name, found in gradients(case, options, known, dy, batch_stats=True).items():
+        torch.testing.assert_close(found, expected[name], rtol=1e-9, atol=1e-9)
+    if x.numel() > x.shape[1]:
+        held = gradients(case, options, known, dy)  # as constants, which is something else
+        assert not torch.allclose(held["dx"], expected["dx"], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("buffer_dtype", [torch.float32, torch.bfloat16])
+@with_cases(SOME)
+def test_weight_gradient_is_added_to_a_buffer(case, buffer_dtype):
+    options = options_for(case)
+    leaves = leaves_of(options.tensors(case, torch.float32))
+    x, gamma, beta, *_, weight, bias = leaves
+    others = [t for t in (x, gamma, beta, bias) if t is not None]
+    y = norm_conv(case, options, leaves).y
+    dy = output_gradient(y)
+    *expected, dweight = torch.autograd.grad(y, [*others, weight], dy)
+    buffer = torch.ones_like(weight, dtype=buffer_dtype)
+    y = norm_conv(case, options, leaves, weight_grad=buffer).y
+    found = torch.autograd.grad(y, [*others, weight], dy, allow_unused=True)
+    assert found[-1] is None
+    for actual, other in zip(found, expected, strict=False):
+        assert torch.equal(actual, other)
+    tolerance = {} if buffer_dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(buffer, (1 + dweight).to(buffer_dtype), **tolerance)
+
+
+def test_saves_x_and_no_activation():
+    case = next(case for case in CASES if case.name == "3x3")
+    options = options_for(case)
+    leaves = leaves_of(options.tensors(case, torch.float32))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = norm_conv(case, options, leaves, statistics=True).y
+    large = [t for t in saved if t.dim() == 4]
+    assert sorted(t.data_ptr() for t in large) == sorted(t.data_ptr() for t in (leaves[0], leaves[5]))
+    assert y.data_ptr() not in {t.data_ptr() for t in large}
+
+
+@with_cases(SOME)
+def test_opcheck(case):
+    options = options_for(case)
+    x, gamma, beta, mean, var, weight, bias = leaves_of(options.tensors(case, torch.float32))
+    geometry = [*(list(pair) for pair in case.geometry[:3]), case.groups]
+    norm = (mean, var, gamma, beta, False, options.relu, EPS)
+    conv = (weight, bias, case.out_channels, *geometry)
+    torch.library.opcheck(OPS.slim_norm_conv2d.default, (x, *norm, *conv, True))
+    torch.library.opcheck(OPS.slim_conv2d_statistics.default, (x, *conv))
+    torch.library.opcheck(OPS.slim_channel_statistics.default, (x.detach(),))
+    y, mean, var, *_ = (t.detach() for t in OPS.slim_norm_conv2d(x, *norm, *conv, False))
+    norm = [mean, var, *(None if p is None else p.detach() for p in (gamma, beta)), True, options.relu, EPS]
+    w = weight.detach()
+    arguments = (torch.ones_like(y), x.detach(), *norm)
+    for needs in ((True, True), (False, True), (True, False)):
+        torch.library.opcheck(
+            OPS.slim_norm_conv2d_backward_.default, (*arguments, w, torch.zeros_like(w), *geometry, *needs)
+        )
+        torch.library.opcheck(OPS.slim_norm_conv2d_backward.default, (*arguments, w, *geometry, *needs))
+
+
+def test_second_derivative_raises():
+    case = CASES[0]
+    leaves = leaves_of(options_for(case).tensors(case, torch.float64))
+    y = norm_conv(case, options_for(case), leaves).y
+    (grad,) = torch.autograd.grad(y.square().sum(), leaves[5], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+def test_inside_autocast(buffer):
+    """x and weight are cast as F.conv2d casts them; the norm's parameters stay float32."""
+    case = next(case for case in CASES if case.name == "3x3")
+    options = options_for(case)
+    leaves = leaves_of(options.tensors(case, torch.float32))
+    x, gamma, beta, mean, var, weight, bias = leaves
+    weight_grad = torch.zeros_like(weight) if buffer else None
+    with torch.autocast("cpu", torch.bfloat16):
+        found = norm_conv(case, options, leaves, statistics=True, weight_grad=weight_grad)
+    cast = (x.bfloat16(), gamma, beta, mean, var, weight.bfloat16(), None if bias is None else bias.bfloat16())
+    expected = norm_conv(case, options, cast, statistics=True)
+    assert found.y.dtype == torch.bfloat16
+    for actual, other in zip(found, expected, strict=True):
+        assert torch.equal(actual, other)
+    found.y.sum().backward()
+    assert x.grad.dtype == gamma.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (ValueError, "gamma must have at least 4 elements, got shape \\(3,\\)", {"gamma": torch.ones(3)}),
+        (
+            TypeError,
+            "beta must be torch.float32 or the dtype of x, got torch.float64",
+            {"beta": torch.ones(4).double()},
+        ),
+        (ValueError, "mean and var must be given together, got only mean", {"mean": torch.zeros(4)}),
+        (ValueError, "var must have 4 elements, got shape \\(5,\\)", {"mean": torch.zeros(4), "var": torch.ones(5)}),
+        (ValueError, "out_channels must be in \\[1, 8\\], got 9", {"out_channels": 9}),
+        (TypeError, "weight must have the dtype of x", {"weight": torch.zeros(8, 6, 3, 3).double()}),
+        (ValueError, "eps must be at least 0, got -1", {"eps": -1}),
+    ],
+)
+def test_errors(error, message, change):
+    arguments = {"x": torch.zeros(1, 4, 5, 5), "weight": torch.zeros(8, 6, 3, 3), **change}
+    with pytest.raises(error, match=message):
+        gk.slim_norm_conv2d(**arguments)
+
+
+# ---- statistics
+
+
+@all_dtypes
+def test_statistics_of_a_large_mean(dtype):
+    """An output of mean 1000 and standard deviation 1."""
+    case = ConvCase("large mean", 3, (17, 19), (5, 70), (1, 1), padding=(0, 0))
+    x, weight, _ = case.tensors(dtype)
+    bias = torch.full((weight.shape[0],), 1000, dtype=dtype)
+    y, mean, var = gk.slim_conv2d_statistics(x, weight, bias, case.out_channels, *case.geometry)
+    assert torch.equal(y, gk.slim_conv2d(x, weight, bias, case.out_channels, *case.geometry))
+    assert_moments(y, mean, var)
+
+
+def test_statistics_leave_the_gradients_alone():
+    case = next(case for case in CASES if case.bias and case.groups == 1 and case.batch)
+    tensors = [t.nan_to_num().requires_grad_() for t in case.tensors(torch.float64)]
+    weight_grad = torch.zeros_like(tensors[1], requires_grad=False)
+    arguments = (*tensors, case.out_channels, *case.geometry)
+    expected = torch.autograd.grad(gk.slim_conv2d(*arguments).square().sum(), tensors)
+    found = torch.autograd.grad(gk.slim_conv2d_statistics(*arguments)[0].square().sum(), tensors)
+    y = gk.slim_conv2d_statistics(*arguments, weight_grad=weight_grad)[0]
+    dx, dbias = torch.autograd.grad(y.square().sum(), tensors[::2])
+    for actual, other in zip((*found, dx, weight_grad, dbias), (*expected, *expected), strict=True):
+        torch.testing.assert_close(actual, other)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+def test_batch_norm_with_statistics_of_the_producer(relu, residual):
+    x, added, weight, bias = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5, 4, 4), (3, 5, 4, 4), 7, 7)
+    )
+    added = added if residual else None
+    statistics = OPS.slim_channel_statistics(x.detach())
+    leaves = [t for t in (x, weight, bias, added) if t is not None]
+    expected = gk.slim_batch_norm(x, weight, bias, None, None, added, relu)[0]
+    found, *used = gk.slim_batch_norm(x, weight, bias, *statistics, added, relu, batch_stats=True)
+    torch.testing.assert_close(found, expected)
+    assert all(a is b for a, b in zip(used, statistics, strict=True))
+    dy = torch.randn_like(found)
+    pairs = zip(torch.autograd.grad(found, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True)
+    for actual, other in pairs:
+        torch.testing.assert_close(actual, other)
+    torch.library.opcheck(OPS.slim_batch_norm_precomputed.default, (x, weight, bias, *statistics, added, relu, EPS))
+
+
+# ---- convolution, then norm, computed again in the backward pass
+
+
+def tail(case: ConvCase, options, tensors, out, normalise, **more):
+    """The first results of slim_conv2d_norm: y and the statistics of the convolution's result."""
+    x, gamma, beta, mean, var, weight, bias = tensors
+    norm = {"gamma": gamma, "beta": beta, "mean": mean, "var": var, "relu": options.relu, "eps": EPS}
+    arguments = (x, weight, bias, case.out_channels, *case.geometry)
+    names = ("out_gamma", "out_beta", "out_mean", "out_var", "residual", "out_relu")
+    return gk.slim_conv2d_norm(
+        *arguments,
+        normalise=normalise,
+        **(norm if normalise else {}),
+        **dict(zip(names, out, strict=True)),
+        out_eps=EPS,
+        **more,
+    )
+
+
+def tail_in_steps(case: ConvCase, options, tensors, out, normalise):
+    x, *_, weight, bias = tensors
+    if normalise:
+        c = norm_conv(case, options, tensors).y
+    else:
+        c = gk.slim_conv2d(x, weight, bias, case.out_channels, *case.geometry)
+    return gk.slim_batch_norm(c, *out, EPS)
+
+
+def tail_tensors(case: ConvCase, y: Tensor, dtype: torch.dtype):
+    """out_gamma, out_beta, out_mean, out_var, residual, out_relu; variants spread over the cases."""
+    number = sum(map(ord, case.name))
+    generator = torch.Generator().manual_seed(3)
+    stats_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    gamma, beta, mean, var = torch.randn(4, case.out_channels + 2, generator=generator).to(stats_dtype)
+    residual = torch.empty_like(y).copy_(torch.randn(y.shape, generator=generator)) if number % 2 else None
+    given = y.numel() // y.shape[1] < 2 or number % 5 == 0
+    statistics = (mean[: case.out_channels], var[: case.out_channels].square() + 0.5) if given else (None, None)
+    return (1 + gamma / 2, beta, *statistics, residual, number % 3 > 0)
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@with_cases(CASES[::2])
+def test_recomputing_equals_the_operators_one_after_the_other(case, dtype, normalise, buffer):
+    """Results to the bit. What backward makes again it normalises with statistics that were rounded to float32."""
+    options = options_for(case)
+    leaves = leaves_of(options.tensors(case, dtype))
+    with torch.no_grad():
+        c = gk.slim_conv2d(leaves[0], leaves[5], None, case.out_channels, *case.geometry)
+    out = tail_tensors(case, c, dtype)
+    out = [t.requires_grad_() if i in (0, 1, 4) and t is not None else t for i, t in enumerate(out)]
+    inputs = [t for i, t in enumerate(leaves) if t is not None and i in ((0, 1, 2, 6) if normalise else (0, 6))]
+    inputs += [t for t in (out[0], out[1], out[4]) if t is not None]
+    expected = tail_in_steps(case, options, leaves, out, normalise)
+    dy = output_gradient(expected[0])
+    expected_gradients = torch.autograd.grad(expected[0], [*inputs, leaves[5]], dy)
+    weight_grad = torch.zeros_like(leaves[5]).detach() if buffer else None
+    found = tail(case, options, leaves, out, normalise, weight_grad=weight_grad)
+    for actual, other in zip(found[:3], expected, strict=True):
+        assert torch.equal(actual, other)
+    *found_gradients, dweight = torch.autograd.grad(found[0], [*inputs, leaves[5]], dy, allow_unused=True)
+    for actual, other in zip(found_gradients, expected_gradients, strict=False):
+        torch.testing.assert_close(actual, other)
+    assert (dweight is None) == buffer
+    torch.testing.assert_close(weight_grad if buffer else dweight, expected_gradients[-1])
+
+
+def test_recomputing_saves_the_inputs_and_the_result():
+    case = next(case for case in CASES if case.name == "1x1")
+    options = options_for(case)
+    leaves = leaves_of(options.tensors(case, torch.float32))
+    out = (None, None, None, None, None, True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = tail(case, options, leaves, out, True)[0]
+    large = {t.data_ptr() for t in saved if t.dim() == 4}
+    assert large == {leaves[0].data_ptr(), leaves[5].data_ptr(), y.data_ptr()}
+
+
+@with_cases(CASES[::6])
+def test_recomputing_gradcheck_and_opcheck(case):
+    options = options_for(case)
+    x, gamma, beta, mean, var, weight, bias = leaves = leaves_of(options.tensors(case, torch.float64))
+    with torch.no_grad():
+        c = norm_conv(case, options, leaves).y
+    out_gamma, out_beta, out_mean, out_var, residual, out_relu = tail_tensors(case, c, torch.float64)
+
+    def function(x, weight, out_gamma, residual):
+        tensors = (x, gamma, beta, mean, var, weight, bias)
+        return tail(case, options, tensors, (out_gamma, out_beta, out_mean, out_var, residual, out_relu), True)[0]
+
+    values = (x, weight, out_gamma.requires_grad_(), None if residual is None else residual.requires_grad_())
+    assert torch.autograd.gradcheck(function, values, fast_mode=True)
+
+    geometry = [*(list(pair) for pair in case.geometry[:3]), case.groups]
+    norm = (mean, var, gamma, beta, False, options.relu, EPS)
+    out = (out_mean, out_var, out_gamma, out_beta, residual, out_relu, EPS)
+    arguments = (x, True, *norm, weight, bias, case.out_channels, *geometry, *out)
+    torch.library.opcheck(OPS.slim_conv2d_norm.default, arguments)
+
+
+def test_recomputing_inside_autocast():
+    case = next(case for case in CASES if case.name == "1x1")
+    options = options_for(case)
+    leaves = leaves_of(options.tensors(case, torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        c = norm_conv(case, options, leaves).y
+        out = (*tail_tensors(case, c, torch.bfloat16)[:4], torch.ones_like(c), True)
+        expected = gk.slim_batch_norm(c, *out, EPS)[0]
+        y = tail(case, options, leaves, out, True)[0]
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, expected)
+
+
+def test_recomputing_errors():
+    x, weight = torch.zeros(1, 4, 5, 5), torch.zeros(8, 6, 1, 1)
+    with pytest.raises(ValueError, match="mean, var, gamma and beta must be None where x is not normalised"):
+        gk.slim_conv2d_norm(x, weight, gamma=torch.ones(4))
+    with pytest.raises(ValueError, match="out_gamma must have at least 8 elements, got shape \\(4,\\)"):
+        gk.slim_conv2d_norm(x, weight, out_gamma=torch.ones(4))
+    with pytest.raises(ValueError, match=r"residual must have the shape and dtype of x, \(1, 8, 5, 5\)"):
+        gk.slim_conv2d_norm(x, weight, residual=torch.zeros(1, 8, 5, 4))
