@@ -1,4 +1,4 @@
-// Vectors of AVX-512, for kernels_impl.h. kPairs: AVX512_BF16 multiplies pairs of bfloat16.
+// Vectors of AVX-512, for kernels_impl.h and depthwise_impl.h. kPairs: AVX512_BF16 multiplies pairs of bfloat16.
 // Included only in translation units that are compiled for that instruction set.
 #pragma once
 
@@ -15,6 +15,7 @@ template <bool kPairs>
 struct Avx512 {
   using V = __m512;
   static constexpr int lanes = 16;
+  static constexpr int registers = 32;
   static constexpr int pair = kPairs ? 2 : 1;
   static constexpr int max_rows = 8;
 
@@ -51,6 +52,9 @@ struct Avx512 {
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
   static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+
+  // lane c = v[index[c]]
+  static V permute(V v, const int32_t* index) { return _mm512_permutexvar_ps(_mm512_load_si512(index), v); }
 
   // The product of two units, added to c.
   static V unit_fma(V a, V b, V c) {
