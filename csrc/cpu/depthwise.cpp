@@ -1,11 +1,12 @@
 // Depthwise convolution and convolution in small groups, on the kernels of depthwise_kernels.h:
 // 1. the weight is converted once to [vectors of channels, tap, rotation, lanes] float32: it is small;
 // 2. a task takes rows of one image and some vectors of channels, and goes down the rows. The input rows under one row
-//    of outputs are kept in the first-level cache as padded float32 columns, each copied once;
+//    of outputs are kept in the nearest caches as padded float32 columns, each copied once;
 // 3. forward and input gradient: a row of outputs is summed over its taps in registers and stored once. Taps outside
 //    the image are left out above and below, and meet zeros to the left and right;
-// 4. weight gradient: a row of dy is multiplied with all taps at once. Sums of a few hundred pixels are added to those
-//    of a part of the images; parts, whose number does not depend on the threads, are added in their order.
+// 4. weight gradient: a row of dy is multiplied with all taps at once. Sums of up to 64 pixels are added to those of a
+//    band of rows, these to a part of the images; parts, whose number does not depend on the threads, are added in
+//    their order.
 #include "depthwise.h"
 
 #include <c10/util/BFloat16.h>
@@ -17,9 +18,9 @@
 namespace gradaug::cpu {
 namespace {
 
-constexpr int64_t kRingFloats = 8 * 1024;   // 32 KiB of input rows
-constexpr int64_t kBandBytes = 256 * 1024;  // of x and y: neighbouring channels find shared cache lines again
-constexpr int64_t kChunkPixels = 256;       // summed in one float32
+constexpr int64_t kRingFloats = 16 * 1024;  // 64 KiB of input rows
+constexpr int64_t kBandBytes = 128 * 1024;  // of x and y: neighbouring channels find shared cache lines again
+constexpr int64_t kChunkPixels = 64;        // summed in one float32 at a time
 constexpr int64_t kMaxParts = 32;           // of a weight gradient
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -76,7 +77,7 @@ class Ring {
                   right = std::min(columns_.first + columns_.count, width_);
     for (int64_t c = left; c < std::min(right, left + columns_.step); c++) {
       kernels_.load(memory_.data() + row(h) + columns_.at(c), columns_.vector(),
-                    x_.at(n_, h, c) + channel_ * size_of(x_.dtype), x_.w * columns_.step, x_.dtype,
+                    x_.at(n_, h, c) + channel_ * size_of(x_.dtype), x_.w * columns_.step, x_.h, x_.dtype,
                     ceil_div(right - c, columns_.step), channels_);
     }
   }
@@ -320,12 +321,6 @@ class WeightSum {
     tile.vectors = vectors;
     tile.sum_vector = vector_;
     std::memset(scratch.sums.data(), 0, vectors * vector_ * sizeof(float));
-    int64_t pixels = 0;  // in the sums
-    const auto flush = [&] {
-      float* sums = scratch.sums.data();
-      for (int64_t i = 0; i < vectors * vector_; i++) partial[i] += sums[i], sums[i] = 0;
-      pixels = 0;
-    };
     bool started = false;
     for (int64_t q = first; q < last; q++) {
       const InputRows inputs(rows_, q);
@@ -339,23 +334,23 @@ class WeightSum {
       }
       const char* dy = dy_.at(n, q, 0) + channel * size_of(dy_.dtype);
       if (!in_place) {
-        kernels_.load(scratch.dy.data(), tile.dy_vector, dy, dy_.w, dy_.dtype, w_.outputs, channels);
+        kernels_.load(scratch.dy.data(), tile.dy_vector, dy, dy_.w, dy_.h, dy_.dtype, w_.outputs, channels);
         for (int64_t i = 0; i < vectors; i++) {
           kernels_.rotate(scratch.dy.data() + i * tile.dy_vector, tile.dy_rotation, w_.outputs, group_);
         }
         dy = reinterpret_cast<const char*>(scratch.dy.data());
       }
       tile.sum = scratch.sums.data() + inputs.tap * w_.kernel * tap_;
-      for (int64_t p = 0; p < w_.outputs; p += tile.pixels) {
-        tile.pixels = std::min(kChunkPixels, w_.outputs - p);
-        if (pixels + tile.pixels > kChunkPixels) flush();
-        pixels += tile.pixels;
+      const int64_t chunks = ceil_div(w_.outputs, kChunkPixels);
+      for (int64_t i = 0; i < chunks; i++) {
+        const int64_t p = w_.outputs * i / chunks;
+        tile.pixels = w_.outputs * (i + 1) / chunks - p;
         tile.x = scratch.ring.data() + p * lanes;
         tile.dy = reinterpret_cast<const float*>(dy) + p * tile.dy_pixel;
         kernels_.outer(tile, group_);
       }
     }
-    flush();
+    for (int64_t i = 0; i < vectors * vector_; i++) partial[i] += scratch.sums.data()[i];
   }
 
  private:

@@ -43,14 +43,15 @@ struct DepthwiseOuterRow {
 
 struct DepthwiseKernels {
   int lanes;
-  int max_group;  // groups of 1, 2, 4, .. max_group channels
+  int max_group;  // groups have 1, 2, 4, .. max_group channels: in larger ones PyTorch's own kernels are faster
 
   void (*row)(const DepthwiseRow& row, int group, Dtype output);
   void (*outer)(const DepthwiseOuterRow& row, int group);
 
   // dst[v][p] for p < pixels: `channels` elements from src + p * src_pixel, zeros beyond; vectors are dst_vector apart.
-  void (*load)(float* dst, int64_t dst_vector, const void* src, int64_t src_pixel, Dtype dtype, int64_t pixels,
-               int64_t channels);
+  // The same pixels src_next further on are likely to be loaded next, and are fetched into the cache.
+  void (*load)(float* dst, int64_t dst_vector, const void* src, int64_t src_pixel, int64_t src_next, Dtype dtype,
+               int64_t pixels, int64_t channels);
   // dst[j][p] for 1 <= j < group: rotation j of dst[0][p], rotations dst_rotation apart.
   void (*rotate)(float* dst, int64_t dst_rotation, int64_t pixels, int group);
 };

@@ -14,8 +14,10 @@ namespace {
 struct Avx2 {
   using V = __m256;
   static constexpr int lanes = 8;
+  static constexpr int pair = 1;
   static constexpr int registers = 16;
 
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   static V zero() { return _mm256_setzero_ps(); }
   static V load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, V v) { _mm256_storeu_ps(p, v); }

@@ -159,10 +159,9 @@ Tensor slim_conv2d_input_grad(const Tensor& dy, const Tensor& weight, IntArrayRe
   }
   const Kernels* kernels = kernels_for(dy, dx, geometry);
   if (!kernels) {
-    const Tensor slice_ = slice(weight, dy.size(1), input_size[1], groups);
-    // Of x only the shape matters: one element, expanded.
-    const Tensor x = at::zeros({1}, dy.options()).expand(input_size);
-    return std::get<0>(torch_gradients(dy, x, slice_, geometry, {true, false})).contiguous(format);
+    const Tensor w_slice = slice(weight, dy.size(1), input_size[1], groups);
+    // Of x only the shape and the memory format matter, which dx has.
+    return std::get<0>(torch_gradients(dy, dx, w_slice, geometry, {true, false})).contiguous(format);
   }
   const Tensor output = nhwc(dy);
   const Weight view{weight.const_data_ptr(), *dtype_of(weight), weight.stride(2),
@@ -192,7 +191,8 @@ void slim_conv2d_weight_grad_(const Tensor& dy, const Tensor& x, Tensor& dweight
   const auto* small_groups = depthwise_kernels_for(x, input, x.size(1), dy.size(1), geometry);
   const Kernels* kernels = kernels_for(x, input, geometry);
   if (!small_groups && !kernels) {
-    const Tensor w = at::zeros({1}, x.options()).expand(target.sizes());
+    const Tensor w =
+        at::empty(target.sizes(), x.options().memory_format(memory_format(x, dy)));  // its values are not read
     target.add_(std::get<1>(torch_gradients(dy, x, w, geometry, {false, true})));
     return;
   }
