@@ -20,7 +20,9 @@ LARGE = [
     ConvCase("large 3x3, small image", 3, (7, 7), (301, 187)),
     ConvCase("large stem", 2, (64, 63), (3, 61), (7, 7), (2, 2), (3, 3), wider=(0, 3)),
     ConvCase("large groups", 2, (15, 14), (128, 128), groups=16, wider=(4, 16)),
+    ConvCase("large groups of 4", 2, (29, 70), (68, 68), groups=17, wider=(0, 4)),
     ConvCase("large depthwise", 2, (29, 31), (187, 187), groups=187, wider=(0, 5)),
+    ConvCase("large depthwise on wide rows", 1, (40, 150), (37, 37), stride=(2, 1), groups=37, wider=(0, 5)),
     ConvCase("large depthwise 5x5", 2, (30, 29), (93, 93), (5, 5), (2, 2), (2, 2), groups=93, wider=(0, 5)),
 ]
 
