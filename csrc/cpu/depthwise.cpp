@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 
 namespace gradaug::cpu {
 namespace {
@@ -44,6 +45,10 @@ struct Columns {
     plane = ceil_div(count, step);
   }
   int64_t vector() const { return step * plane * lanes; }  // floats
+  // Whether the inputs under the taps of an output are.
+  bool adjacent(const GatherAxis& axis) const {
+    return step == 1 && !axis.tap.empty() && axis.offset.back() - axis.offset.front() + 1 == std::ssize(axis.tap);
+  }
   int64_t at(int64_t c) const { return ((c - first) % step * plane + (c - first) / step) * lanes; }
 };
 
@@ -185,9 +190,12 @@ void gather(const DepthwiseKernels& kernels, int64_t batch, const std::vector<Ga
     slots = std::max(slots, loaded - output.inputs.first + 1);
   }
   std::vector<std::vector<int64_t>> column_offset;  // [phases][taps]
+  std::vector<int64_t> run;                         // [phases], taps of a row where all are adjacent, otherwise 1
   for (const GatherAxis& axis : w) {
-    column_offset.emplace_back();
-    for (const int64_t offset : axis.offset) column_offset.back().push_back(columns.at(offset));
+    std::vector<int64_t> offsets;
+    for (const int64_t offset : axis.offset) offsets.push_back(columns.at(offset));
+    run.push_back(columns.adjacent(axis) ? axis.tap.size() : 1);
+    column_offset.push_back(offsets);
   }
   const int64_t vector_block =
       std::clamp<int64_t>(kRingFloats / std::max<int64_t>(slots * columns.vector(), 1), 1, vectors);
@@ -227,6 +235,7 @@ void gather(const DepthwiseKernels& kernels, int64_t batch, const std::vector<Ga
           tile.x = ring.data();
           tile.x_vector = columns.vector();
           tile.x_offset = x_offset.data();
+          tile.run = run[i];
           tile.weight_vector = taps_h * taps_w * tap_floats;
           tile.weight = weight.data() + block * vector_block * tile.weight_vector;
           tile.weight_offset = weight_offset.data();
@@ -315,6 +324,7 @@ class WeightSum {
     tile.row_offset = row_offset.data();
     tile.column_offset = column_offset_.data();
     tile.columns = w_.kernel;
+    tile.adjacent = columns_.adjacent(across_);
     tile.dy_rotation = w_.outputs * lanes;
     tile.dy_vector = in_place ? lanes : group_ * tile.dy_rotation;
     tile.dy_pixel = in_place ? dy_.w : lanes;

@@ -63,9 +63,9 @@ struct DepthwiseImpl {
     }
   }
 
-  // Reads x once for each tap, and each weight once; keeps the sums of kPixels pixels, a register for each rotation,
-  // and writes them once, in the output's dtype.
-  template <int kGroup, int kPixels>
+  // Reads x once for each run of kRun taps that are adjacent in it, and each weight once; keeps the sums of kPixels
+  // pixels, a register for each rotation, and writes them once, in the output's dtype.
+  template <int kGroup, int kRun, int kPixels>
   static void tile(const DepthwiseRow& row, const float* x, const float* weight, const float* bias, char* y,
                    Dtype output, int64_t channels) {
     V sum[kGroup][kPixels];
@@ -74,13 +74,23 @@ struct DepthwiseImpl {
       GRADAUG_UNROLL
       for (int p = 0; p < kPixels; p++) sum[j][p] = S::zero();
     }
-    for (int64_t t = 0; t < row.taps; t++) {
+    for (int64_t t = 0; t < row.taps; t += kRun) {
       const float* from = x + row.x_offset[t];
       const float* w = weight + row.weight_offset[t];
       if constexpr (kGroup == 1) {
-        const V factor = S::load(w);
+        V factor[kRun];
         GRADAUG_UNROLL
-        for (int p = 0; p < kPixels; p++) sum[0][p] = S::fma(S::load(from + p * S::lanes), factor, sum[0][p]);
+        for (int i = 0; i < kRun; i++) factor[i] = S::load(weight + row.weight_offset[t + i]);
+        GRADAUG_UNROLL
+        for (int column = 0; column < kPixels + kRun - 1; column++) {
+          V value = S::load(from + column * S::lanes);
+          if constexpr (kRun > 1) asm volatile("" : "+v"(value));  // loaded once, not with each product
+          GRADAUG_UNROLL
+          for (int i = 0; i < kRun; i++) {
+            const int p = column - i;
+            if (p >= 0 && p < kPixels) sum[0][p] = S::fma(value, factor[i], sum[0][p]);
+          }
+        }
       } else {
         V value[kPixels];
         GRADAUG_UNROLL
@@ -116,11 +126,11 @@ struct DepthwiseImpl {
     }
   }
 
-  template <int kGroup, size_t... kPixels>
+  template <int kGroup, int kRun, size_t... kPixels>
   static void tiles(const DepthwiseRow& row, Dtype output, std::index_sequence<kPixels...>) {
     using Tile =
         void (*)(const DepthwiseRow&, const float*, const float*, const float*, char*, Dtype, int64_t channels);
-    static constexpr Tile table[] = {tile<kGroup, kPixels + 1>...};
+    static constexpr Tile table[] = {tile<kGroup, kRun, kPixels + 1>...};
     constexpr int64_t most = sizeof...(kPixels);
     const int64_t count = (row.pixels + most - 1) / most, size = size_of(output);
     for (int64_t v = 0; v * S::lanes < row.channels; v++) {
@@ -137,18 +147,67 @@ struct DepthwiseImpl {
   static void row(const DepthwiseRow& row, int group, Dtype output) {
     switch (group) {
       case 1:
-        return tiles<1>(row, output, std::make_index_sequence<max_pixels(1)>());
+        if (row.run == 2) return tiles<1, 2>(row, output, std::make_index_sequence<max_pixels(1)>());
+        if (row.run == 3) return tiles<1, 3>(row, output, std::make_index_sequence<max_pixels(1)>());
+        // Two less: GRADAUG_UNROLL ends at 16 columns.
+        if (row.run == 5) return tiles<1, 5>(row, output, std::make_index_sequence<max_pixels(1) - 2>());
+        return tiles<1, 1>(row, output, std::make_index_sequence<max_pixels(1)>());
       case 2:
-        return tiles<2>(row, output, std::make_index_sequence<max_pixels(2)>());
+        return tiles<2, 1>(row, output, std::make_index_sequence<max_pixels(2)>());
       case 4:
-        return tiles<4>(row, output, std::make_index_sequence<max_pixels(4)>());
+        return tiles<4, 1>(row, output, std::make_index_sequence<max_pixels(4)>());
       case 8:
-        return tiles<8>(row, output, std::make_index_sequence<max_pixels(8)>());
+        return tiles<8, 1>(row, output, std::make_index_sequence<max_pixels(8)>());
     }
   }
 
-  // Each pixel loads kRotations vectors of dy and kRows x kColumns of x; their products are summed in registers, which
-  // are added to memory at the end.
+  // Pixels whose dy is in registers at once, beside the sums and one vector of x.
+  static constexpr int outer_pixels(int sums, int rotations) {
+    return sums + 4 * rotations < S::registers ? 4 : sums + 2 * rotations < S::registers ? 2 : 1;
+  }
+
+  // Multiplies kPixels pixels of dy in kRotations rotations with the inputs under kRows x kColumns taps, and adds to
+  // sums in registers. Inputs under adjacent taps are loaded once for all pixels.
+  template <int kRows, int kColumns, int kRotations, int kPixels>
+  static inline __attribute__((always_inline)) void outer_pixels(V (&total)[kRows][kColumns][kRotations],
+                                                                 const float* (&from)[kRows],
+                                                                 const int64_t (&column)[kColumns], const float*& dy,
+                                                                 const DepthwiseOuterRow& row) {
+    V factor[kPixels][kRotations];
+    GRADAUG_UNROLL
+    for (int p = 0; p < kPixels; p++, dy += row.dy_pixel) {
+      GRADAUG_UNROLL
+      for (int j = 0; j < kRotations; j++) factor[p][j] = S::load(dy + j * row.dy_rotation);
+    }
+    GRADAUG_UNROLL
+    for (int r = 0; r < kRows; r++) {
+      if constexpr (kPixels > 1) {
+        GRADAUG_UNROLL
+        for (int i = 0; i < kPixels + kColumns - 1; i++) {
+          V value = S::load(from[r] + column[0] + i * S::lanes);
+          asm volatile("" : "+v"(value));  // loaded once, not with each product
+          GRADAUG_UNROLL
+          for (int c = 0; c < kColumns; c++) {
+            const int p = i - c;
+            if (p < 0 || p >= kPixels) continue;
+            GRADAUG_UNROLL
+            for (int j = 0; j < kRotations; j++) total[r][c][j] = S::fma(value, factor[p][j], total[r][c][j]);
+          }
+        }
+      } else {
+        GRADAUG_UNROLL
+        for (int c = 0; c < kColumns; c++) {
+          const V value = S::load(from[r] + column[c]);
+          GRADAUG_UNROLL
+          for (int j = 0; j < kRotations; j++) total[r][c][j] = S::fma(value, factor[0][j], total[r][c][j]);
+        }
+      }
+      from[r] += kPixels * S::lanes;
+    }
+  }
+
+  // Sums the products of all pixels of a row with kRows x kColumns taps in registers, which are added to memory at the
+  // end.
   template <int kRows, int kColumns, int kRotations>
   static void outer_tile(const DepthwiseOuterRow& row, const float* x, const int64_t* row_offset,
                          const int64_t* column_offset, const float* dy, float* sum, int64_t sum_row,
@@ -167,21 +226,12 @@ struct DepthwiseImpl {
         for (int j = 0; j < kRotations; j++) total[r][c][j] = S::zero();
       }
     }
-    for (int64_t p = 0; p < row.pixels; p++, dy += row.dy_pixel) {
-      V factor[kRotations];
-      GRADAUG_UNROLL
-      for (int j = 0; j < kRotations; j++) factor[j] = S::load(dy + j * row.dy_rotation);
-      GRADAUG_UNROLL
-      for (int r = 0; r < kRows; r++) {
-        GRADAUG_UNROLL
-        for (int c = 0; c < kColumns; c++) {
-          const V value = S::load(from[r] + column[c]);
-          GRADAUG_UNROLL
-          for (int j = 0; j < kRotations; j++) total[r][c][j] = S::fma(value, factor[j], total[r][c][j]);
-        }
-        from[r] += S::lanes;
-      }
+    constexpr int block = outer_pixels(kRows * kColumns * kRotations, kRotations);
+    int64_t p = 0;
+    for (; row.adjacent && p + block <= row.pixels; p += block) {
+      outer_pixels<kRows, kColumns, kRotations, block>(total, from, column, dy, row);
     }
+    for (; p < row.pixels; p++) outer_pixels<kRows, kColumns, kRotations, 1>(total, from, column, dy, row);
     GRADAUG_UNROLL
     for (int r = 0; r < kRows; r++) {
       GRADAUG_UNROLL

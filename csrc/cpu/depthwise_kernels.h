@@ -21,6 +21,7 @@ struct DepthwiseRow {
   int64_t weight_vector;         // floats
   const int64_t* weight_offset;  // [taps], floats
   int64_t taps;
+  int64_t run;        // taps come in runs of so many that are adjacent in x
   const float* bias;  // [vectors, lanes] or null
   void* y;            // [pixels, channels]
   int64_t y_pixel;    // elements of the output's dtype
@@ -34,6 +35,7 @@ struct DepthwiseOuterRow {
   const int64_t* row_offset;     // [rows] of the kernel, floats
   const int64_t* column_offset;  // [columns] of the kernel, floats
   int64_t rows, columns;
+  bool adjacent;                             // the columns, in x
   const float* dy;                           // [vectors, group, pixels, lanes], rotation j of it at j
   int64_t dy_vector, dy_rotation, dy_pixel;  // floats
   int64_t pixels, vectors;
