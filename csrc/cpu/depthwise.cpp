@@ -20,6 +20,7 @@ namespace gradaug::cpu {
 namespace {
 
 constexpr int64_t kRingFloats = 16 * 1024;  // 64 KiB of input rows
+constexpr int64_t kMaxVectors = 8;          // of channels in a ring: small images then stay in 32 KiB
 constexpr int64_t kBandBytes = 128 * 1024;  // of x and y: neighbouring channels find shared cache lines again
 constexpr int64_t kChunkPixels = 64;        // summed in one float32 at a time
 constexpr int64_t kMaxParts = 32;           // of a weight gradient
@@ -94,6 +95,11 @@ class Ring {
   Image x_{};
   int64_t width_ = 0, n_ = 0, channel_ = 0, channels_ = 0, next_ = 0;
 };
+
+// How many of `vectors` a ring holds, each in so many floats.
+int64_t vectors_of_a_ring(int64_t floats, int64_t vectors) {
+  return std::clamp<int64_t>(kRingFloats / std::max<int64_t>(floats, 1), 1, std::min(vectors, kMaxVectors));
+}
 
 // ---- weights
 
@@ -197,8 +203,7 @@ void gather(const DepthwiseKernels& kernels, int64_t batch, const std::vector<Ga
     run.push_back(columns.adjacent(axis) ? axis.tap.size() : 1);
     column_offset.push_back(offsets);
   }
-  const int64_t vector_block =
-      std::clamp<int64_t>(kRingFloats / std::max<int64_t>(slots * columns.vector(), 1), 1, vectors);
+  const int64_t vector_block = vectors_of_a_ring(slots * columns.vector(), vectors);
   const int64_t blocks = ceil_div(vectors, vector_block), block_channels = vector_block * lanes;
   const int64_t rows = band_rows(batch, height, columns.count * block_channels * size_of(x.dtype),
                                  columns.count * block_channels * size_of(y.dtype), slots, blocks);
@@ -294,7 +299,7 @@ class WeightSum {
         tap_(group * kernels.lanes),
         vector_(h.kernel * w.kernel * tap_) {
     const int64_t vectors = ceil_div(channels, kernels.lanes);
-    block_ = std::clamp<int64_t>(kRingFloats / std::max<int64_t>(slots_ * columns_.vector(), 1), 1, vectors);
+    block_ = vectors_of_a_ring(slots_ * columns_.vector(), vectors);
     for (const int64_t offset : across_.offset) column_offset_.push_back(columns_.at(offset));
   }
 
