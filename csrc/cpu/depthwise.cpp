@@ -103,8 +103,8 @@ int64_t vectors_of_a_ring(int64_t floats, int64_t vectors) {
 
 // ---- weights
 
-// The weight that input channel c of the convolution meets on its way to the output channel j places before it in the
-// group, at [c / lanes, tap, j, c % lanes]. For the input gradient, dy is the input and dx the output.
+// to [tap, j, lanes]: the weights that the input channels of a vector, from channel `first` on, meet on their way to
+// the output channel j places before them in the group. For the input gradient, dy is the input and dx the output.
 template <typename T>
 void pack(float* to, const GroupedWeight& weight, int64_t first, int64_t channels, int64_t taps_h, int64_t taps_w,
           int64_t group, int64_t lanes, bool input_grad) {
@@ -124,6 +124,7 @@ void pack(float* to, const GroupedWeight& weight, int64_t first, int64_t channel
   }
 }
 
+// [vectors, tap, j, lanes]
 Buffer packed(const GroupedWeight& weight, int64_t channels, int64_t taps_h, int64_t taps_w, int64_t group,
               int64_t lanes, bool input_grad) {
   const auto pack_as = weight.dtype == Dtype::f32    ? pack<float>
@@ -173,10 +174,10 @@ std::vector<OutputRow> output_rows(const std::vector<GatherAxis>& phases, int64_
   return rows;
 }
 
-// Rows of a task, of which there are `tasks` for each row of an image.
+// How many rows a task takes of images whose channels are shared by `tasks` of them; x_row and y_row in bytes.
 int64_t band_rows(int64_t batch, int64_t height, int64_t x_row, int64_t y_row, int64_t slots, int64_t tasks) {
   int64_t rows = std::max(kBandBytes / std::max<int64_t>(x_row + y_row, 1), 4 * slots);
-  // Two tasks for each thread, unless their rows would be loaded for little more than the next task.
+  // Fewer where threads would be idle, but not so few that most rows are loaded by two tasks.
   rows = std::min(rows, std::max(ceil_div(batch * tasks * height, 2 * at::get_num_threads()), 2 * slots));
   rows = std::clamp<int64_t>(rows, 1, height);
   return ceil_div(height, ceil_div(height, rows));

@@ -76,7 +76,6 @@ struct DepthwiseImpl {
     }
     for (int64_t t = 0; t < row.taps; t += kRun) {
       const float* from = x + row.x_offset[t];
-      const float* w = weight + row.weight_offset[t];
       if constexpr (kGroup == 1) {
         V factor[kRun];
         GRADAUG_UNROLL
@@ -97,7 +96,7 @@ struct DepthwiseImpl {
         for (int p = 0; p < kPixels; p++) value[p] = S::load(from + p * S::lanes);
         GRADAUG_UNROLL
         for (int j = 0; j < kGroup; j++) {
-          V factor = S::load(w + j * S::lanes);
+          V factor = S::load(weight + row.weight_offset[t] + j * S::lanes);
           asm volatile("" : "+v"(factor));  // loaded once, not with each product
           GRADAUG_UNROLL
           for (int p = 0; p < kPixels; p++) sum[j][p] = S::fma(value[p], factor, sum[j][p]);

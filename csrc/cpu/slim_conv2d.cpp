@@ -191,8 +191,8 @@ void slim_conv2d_weight_grad_(const Tensor& dy, const Tensor& x, Tensor& dweight
   const auto* small_groups = depthwise_kernels_for(x, input, x.size(1), dy.size(1), geometry);
   const Kernels* kernels = kernels_for(x, input, geometry);
   if (!small_groups && !kernels) {
-    const Tensor w =
-        at::empty(target.sizes(), x.options().memory_format(memory_format(x, dy)));  // its values are not read
+    // Of w only the shape and the memory format matter.
+    const Tensor w = at::empty(target.sizes(), x.options().memory_format(memory_format(x, dy)));
     target.add_(std::get<1>(torch_gradients(dy, x, w, geometry, {false, true})));
     return;
   }
