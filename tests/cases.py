@@ -70,9 +70,9 @@ def conv_cases() -> list[ConvCase]:
     def pointwise(name, batch, size, channels, **options):
         return ConvCase(name, batch, size, channels, kernel=one, **{"padding": none, **options})
 
-    def depthwise(name, batch, size, channels, multiplier=1, **options):
+    def depthwise(name, batch, size, channels, *geometry, multiplier=1, **options):
         options = {"wider": (0, 4), **options}
-        return ConvCase(name, batch, size, (channels, channels * multiplier), groups=channels, **options)
+        return ConvCase(name, batch, size, (channels, channels * multiplier), *geometry, groups=channels, **options)
 
     return [
         pointwise("1x1", 2, (9, 7), (24, 20)),
@@ -122,6 +122,24 @@ def conv_cases() -> list[ConvCase]:
         depthwise("depthwise of an empty batch", 0, (6, 5), 6),
         depthwise("channel multiplier 2", 2, (6, 7), 9, multiplier=2, bias=True),
         depthwise("channel multiplier 3, stride 2", 1, (7, 7), 5, multiplier=3, stride=(2, 2)),
+        depthwise("depthwise of 67 channels on wide rows", 1, (4, 71), 67),
+        depthwise("depthwise on one pixel", 2, one, 35, bias=True),
+        depthwise("depthwise 5x5 on one column", 1, (6, 1), 20, kernel=(5, 5), padding=(2, 2)),
+        depthwise("depthwise 5x5 with dilation 2", 1, (11, 9), 17, (5, 5), padding=(4, 4), dilation=(2, 2)),
+        depthwise("depthwise with stride 2 and dilation 2", 2, (9, 10), 16, (3, 3), (2, 2), (2, 2), (2, 2)),
+        depthwise("depthwise 3x5 with asymmetric geometry", 2, (9, 10), 18, (3, 5), (2, 1), (1, 3), (1, 2)),
+        depthwise("depthwise 7x7", 1, (8, 9), 21, kernel=(7, 7), padding=(3, 3), bias=True),
+        depthwise("depthwise 2x2 with stride 3", 1, (8, 9), 33, (2, 2), (3, 3), none),
+        depthwise("depthwise 1x1 with stride 2", 2, (5, 6), 19, one, (2, 2), none),
+        depthwise("depthwise with padding beyond the kernel", 1, (4, 3), 18, padding=(4, 3)),
+        depthwise("depthwise on a channel slice, stride 2", 2, (7, 6), 67, stride=(2, 2), x_layout="wide"),
+        depthwise("depthwise on NHWC with OIHW", 1, (6, 5), 18, weight_format=NCHW),
+        ConvCase("9 groups of 2 channels", 2, (6, 7), (18, 18), groups=9, bias=True),
+        ConvCase("5 groups of 4 channels, stride 2", 2, (9, 8), (20, 20), stride=(2, 2), groups=5, wider=(1, 8)),
+        ConvCase("3 groups of 8 channels", 2, (7, 6), (24, 24), groups=3, wider=(2, 8), x_layout="wide"),
+        ConvCase("5x5 in 6 groups of 4 channels", 1, (7, 8), (24, 24), (5, 5), padding=(2, 2), groups=6),
+        ConvCase("3 groups of 16 channels, dilation 2", 1, (7, 6), (48, 48), (3, 3), one, (2, 2), (2, 2), 3),
+        ConvCase("groups of an empty batch", 0, (7, 6), (16, 16), groups=4),
     ]
 
 

@@ -28,7 +28,9 @@ LARGE = [
     ConvCase("many 3x3 tiles of 100 channels", 2, (30, 25), (100, 99)),
     ConvCase("many 3x3 tiles, padding 2", 2, (20, 19), (33, 48), padding=(2, 2), x_layout="wide"),
     ConvCase("large groups", 2, (15, 14), (128, 128), groups=16, wider=(4, 16)),
+    ConvCase("large groups of 4", 2, (29, 70), (68, 68), groups=17, wider=(0, 4)),
     ConvCase("large depthwise", 2, (29, 31), (187, 187), groups=187, wider=(0, 5)),
+    ConvCase("large depthwise on wide rows", 1, (40, 150), (37, 37), stride=(2, 1), groups=37, wider=(0, 5)),
     ConvCase("large depthwise 5x5", 2, (30, 29), (93, 93), (5, 5), (2, 2), (2, 2), groups=93, wider=(0, 5)),
 ]
 

@@ -5,6 +5,8 @@
 
 #include <string>
 
+#include "depthwise_kernels.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -28,16 +30,30 @@ struct Features {
   }
 };
 
+const std::string& capability() {
+  static const std::string name = at::get_cpu_capability();  // ATEN_CPU_CAPABILITY can lower it
+  return name;
+}
+
+const Features& features() {
+  static const Features found;
+  return found;
+}
+
 }  // namespace
 
 const Kernels* select_kernels(Dtype dtype) {
-  static const std::string capability = at::get_cpu_capability();  // ATEN_CPU_CAPABILITY can lower it
-  static const Features features;
-  if (capability == "AVX2") return avx2_kernels();
-  if (capability != "AVX512") return nullptr;
-  if (dtype == Dtype::bf16 && features.amx_bf16) return nullptr;
-  if (dtype == Dtype::f16 && features.avx512_fp16) return nullptr;
-  return dtype == Dtype::bf16 && features.avx512_bf16 ? avx512_bf16_kernels() : avx512_kernels();
+  if (capability() == "AVX2") return avx2_kernels();
+  if (capability() != "AVX512") return nullptr;
+  if (dtype == Dtype::bf16 && features().amx_bf16) return nullptr;
+  if (dtype == Dtype::f16 && features().avx512_fp16) return nullptr;
+  return dtype == Dtype::bf16 && features().avx512_bf16 ? avx512_bf16_kernels() : avx512_kernels();
+}
+
+const DepthwiseKernels* select_depthwise_kernels(Dtype dtype) {
+  if (capability() == "AVX2") return avx2_depthwise_kernels();
+  if (capability() != "AVX512") return nullptr;
+  return dtype == Dtype::bf16 && features().avx512_bf16 ? avx512_bf16_depthwise_kernels() : avx512_depthwise_kernels();
 }
 
 }  // namespace gradaug::cpu

@@ -1,4 +1,5 @@
-// The kernels of kernels.h for AVX-512 with AVX512_BF16.
+// The kernels of kernels.h and depthwise_kernels.h for AVX-512 with AVX512_BF16.
+#include "depthwise_kernels.h"
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -12,13 +13,18 @@
                              apply_to = function)
 #else
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarms in gcc 12's own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"        // likewise
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #endif
 
+#include "depthwise_impl.h"
 #include "kernels_impl.h"
 #include "simd_avx512.h"  // after it: uses GRADAUG_UNROLL
 
 const gradaug::cpu::Kernels* gradaug::cpu::avx512_bf16_kernels() { return &Impl<Avx512<true>>::table; }
+const gradaug::cpu::DepthwiseKernels* gradaug::cpu::avx512_bf16_depthwise_kernels() {
+  return &DepthwiseImpl<Avx512<true>>::table;
+}
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -26,4 +32,5 @@ const gradaug::cpu::Kernels* gradaug::cpu::avx512_bf16_kernels() { return &Impl<
 
 #else
 const gradaug::cpu::Kernels* gradaug::cpu::avx512_bf16_kernels() { return nullptr; }
+const gradaug::cpu::DepthwiseKernels* gradaug::cpu::avx512_bf16_depthwise_kernels() { return nullptr; }
 #endif

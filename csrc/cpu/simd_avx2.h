@@ -1,5 +1,5 @@
-// Vectors of AVX2 (with FMA and F16C), for kernels_impl.h. bfloat16 and float16 become float32 on the way in.
-// Included only in translation units that are compiled for that instruction set.
+// Vectors of AVX2 (with FMA and F16C), for kernels_impl.h and depthwise_impl.h. bfloat16 and float16 become float32 on
+// the way in. Included only in translation units that are compiled for that instruction set.
 #pragma once
 
 #include <immintrin.h>
@@ -17,12 +17,14 @@ struct Avx2 {
   static constexpr int lanes = 8;
   static constexpr int pair = 1;
   static constexpr int max_rows = 6;
+  static constexpr int registers = 16;
 
   static __m256i mask(int64_t n) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n >= 8 ? 8 : static_cast<int>(n)), lane);
   }
 
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   static V zero() { return _mm256_setzero_ps(); }
   static V load(const float* p) { return _mm256_loadu_ps(p); }
   static V load(const float* p, int64_t n) { return n >= 8 ? load(p) : _mm256_maskload_ps(p, mask(n)); }
@@ -49,6 +51,10 @@ struct Avx2 {
   static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
   static V div(V a, V b) { return _mm256_div_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  // lane c = v[index[c]]
+  static V permute(V v, const int32_t* index) {
+    return _mm256_permutevar8x32_ps(v, _mm256_load_si256(reinterpret_cast<const __m256i*>(index)));
+  }
   static V unit_fma(V a, V b, V c) { return fma(a, b, c); }
 
   // n <= 8 elements as floats, zeros beyond.

@@ -1,4 +1,4 @@
-// Vectors of AVX-512, for kernels_impl.h. kPairs: AVX512_BF16 multiplies pairs of bfloat16.
+// Vectors of AVX-512, for kernels_impl.h and depthwise_impl.h. kPairs: AVX512_BF16 multiplies pairs of bfloat16.
 // Included only in translation units that are compiled for that instruction set.
 #pragma once
 
@@ -15,12 +15,14 @@ template <bool kPairs>
 struct Avx512 {
   using V = __m512;
   static constexpr int lanes = 16;
+  static constexpr int registers = 32;
   static constexpr int pair = kPairs ? 2 : 1;
   static constexpr int max_rows = 8;
 
   static __mmask16 mask(int64_t n) { return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1); }
   static __mmask32 mask32(int64_t n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }
 
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   static V zero() { return _mm512_setzero_ps(); }
   static V load(const float* p) { return _mm512_loadu_ps(p); }
   static V load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(mask(n), p); }
@@ -54,6 +56,9 @@ struct Avx512 {
   static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
   static V div(V a, V b) { return _mm512_div_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+
+  // lane c = v[index[c]]
+  static V permute(V v, const int32_t* index) { return _mm512_permutexvar_ps(_mm512_load_si512(index), v); }
 
   // The product of two units, added to c.
   static V unit_fma(V a, V b, V c) {

@@ -1,16 +1,19 @@
 // Convolution with the first channels of a full-width weight: forward, input gradient, weight gradient.
 // Formulas, shapes and the memory format of each result: gradaug_kernels/ops/slim_conv2d.py.
 //
-// NHWC images run on the kernels of kernels.h. Everything else is PyTorch's own convolution of the slice:
-// float64, NCHW results, groups, and the processors and dtypes for which select_kernels has nothing better.
+// NHWC images run on the kernels of kernels.h, in small groups on those of depthwise_kernels.h. Everything else is
+// PyTorch's own convolution of the slice: float64, NCHW results, groups of other sizes, and the processors and dtypes
+// for which select_kernels and select_depthwise_kernels have nothing better.
 #include <ATen/ATen.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <array>
+#include <bit>
 #include <optional>
 
 #include "conv.h"
+#include "depthwise.h"
 
 namespace {
 
@@ -69,6 +72,22 @@ const Kernels* kernels_for(const Tensor& x, const Tensor& result, const Geometry
   return select_kernels(*dtype);
 }
 
+// The kernels for as many output as input channels in groups of 1, 2, 4, .. max_group, under the same conditions.
+const DepthwiseKernels* depthwise_kernels_for(const Tensor& x, const Tensor& result, int64_t in_channels,
+                                              int64_t out_channels, const Geometry& geometry) {
+  const auto dtype = dtype_of(x);
+  const int64_t group = in_channels / geometry.groups;
+  if (!dtype || !channels_adjacent(result) || geometry.groups == 1 || in_channels != out_channels) return nullptr;
+  if (!std::has_single_bit(static_cast<uint64_t>(group))) return nullptr;
+  const DepthwiseKernels* kernels = select_depthwise_kernels(*dtype);
+  return kernels && group <= kernels->max_group ? kernels : nullptr;
+}
+
+GroupedWeight grouped(const Tensor& weight) {
+  return {weight.const_data_ptr(), *dtype_of(weight), weight.stride(0),
+          weight.stride(1),        weight.stride(2),  weight.stride(3)};
+}
+
 // ---- PyTorch's own convolutions, on views
 
 // [O, I / G, KH, KW] -> [out, in / groups, KH, KW]
@@ -100,6 +119,14 @@ Tensor slim_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Te
   }
   Tensor y = at::empty(size, x.options().memory_format(format));  // [N, out, OH, OW]
   if (y.numel() == 0) return y;
+  if (const auto* kernels = depthwise_kernels_for(x, y, x.size(1), out_channels, geometry)) {
+    const Tensor input = nhwc(x), float_bias = b ? b->to(at::kFloat).contiguous() : Tensor();
+    depthwise_forward(*kernels, x.size(0), geometry.axis(0, x.sizes(), size, weight.sizes()),
+                      geometry.axis(1, x.sizes(), size, weight.sizes()), image(input), grouped(weight),
+                      b ? float_bias.const_data_ptr<float>() : nullptr, image(y), out_channels,
+                      static_cast<int>(out_channels / groups));
+    return y;
+  }
   const Kernels* kernels = kernels_for(x, y, geometry);
   if (!kernels) {
     const Tensor w = slice(weight, out_channels, x.size(1), groups);
@@ -122,18 +149,23 @@ Tensor slim_conv2d_input_grad(const Tensor& dy, const Tensor& weight, IntArrayRe
   const auto format = memory_format(dy, weight);
   Tensor dx = at::empty(input_size, dy.options().memory_format(format));  // [N, C, H, W]
   if (dy.numel() == 0) return dx.zero_();
+  const ConvAxis h = geometry.axis(0, input_size, dy.sizes(), weight.sizes());
+  const ConvAxis w = geometry.axis(1, input_size, dy.sizes(), weight.sizes());
+  if (const auto* kernels = depthwise_kernels_for(dy, dx, input_size[1], dy.size(1), geometry)) {
+    const Tensor output = nhwc(dy);
+    depthwise_input_grad(*kernels, dy.size(0), h, w, image(output), grouped(weight), image(dx), input_size[1],
+                         static_cast<int>(input_size[1] / groups));
+    return dx;
+  }
   const Kernels* kernels = kernels_for(dy, dx, geometry);
   if (!kernels) {
-    const Tensor w = slice(weight, dy.size(1), input_size[1], groups);
-    // Of x only the shape matters: one element, expanded.
-    const Tensor x = at::zeros({1}, dy.options()).expand(input_size);
-    return std::get<0>(torch_gradients(dy, x, w, geometry, {true, false})).contiguous(format);
+    const Tensor w_slice = slice(weight, dy.size(1), input_size[1], groups);
+    // Of x only the shape and the memory format matter, which dx has.
+    return std::get<0>(torch_gradients(dy, dx, w_slice, geometry, {true, false})).contiguous(format);
   }
   const Tensor output = nhwc(dy);
   const Weight view{weight.const_data_ptr(), *dtype_of(weight), weight.stride(2),
                     weight.stride(3),        weight.stride(0),  weight.stride(1)};
-  const ConvAxis h = geometry.axis(0, input_size, dy.sizes(), weight.sizes());
-  const ConvAxis w = geometry.axis(1, input_size, dy.sizes(), weight.sizes());
   std::vector<std::pair<GatherAxis, GatherAxis>> phases;
   for (int64_t i = 0; i < h.stride; i++) {
     for (int64_t j = 0; j < w.stride; j++) phases.emplace_back(input_grad_gather(h, i), input_grad_gather(w, j));
@@ -154,21 +186,30 @@ void slim_conv2d_weight_grad_(const Tensor& dy, const Tensor& x, Tensor& dweight
   const Geometry geometry{stride, padding, dilation, groups};
   if (dy.numel() == 0) return;
   Tensor target = slice(dweight, dy.size(1), x.size(1), groups);  // [out, in / groups, KH, KW]
-  const Kernels* kernels = channels_adjacent(x) || channels_adjacent(dy) ? kernels_for(x, nhwc(x), geometry) : nullptr;
-  if (!kernels) {
-    const Tensor w = at::zeros({1}, x.options()).expand(target.sizes());
+  const bool any_nhwc = channels_adjacent(x) || channels_adjacent(dy);
+  const Tensor input = any_nhwc ? nhwc(x) : x, output = any_nhwc ? nhwc(dy) : dy;
+  const auto* small_groups = depthwise_kernels_for(x, input, x.size(1), dy.size(1), geometry);
+  const Kernels* kernels = kernels_for(x, input, geometry);
+  if (!small_groups && !kernels) {
+    // Of w only the shape and the memory format matter.
+    const Tensor w = at::empty(target.sizes(), x.options().memory_format(memory_format(x, dy)));
     target.add_(std::get<1>(torch_gradients(dy, x, w, geometry, {false, true})));
     return;
   }
-  const Tensor input = nhwc(x), output = nhwc(dy);
   const bool in_place = target.scalar_type() == at::kFloat;
   Tensor sum =
       in_place
           ? target
           : at::zeros(target.sizes(), target.options().dtype(at::kFloat)).contiguous(at::MemoryFormat::ChannelsLast);
-  conv_weight_grad(*kernels, x.size(0), geometry.axis(0, x.sizes(), dy.sizes(), target.sizes()),
-                   geometry.axis(1, x.sizes(), dy.sizes(), target.sizes()), image(output), dy.size(1), image(input),
-                   x.size(1), {sum.data_ptr<float>(), sum.stride(0), sum.stride(2), sum.stride(3), sum.stride(1)});
+  const WeightGrad view{sum.data_ptr<float>(), sum.stride(0), sum.stride(2), sum.stride(3), sum.stride(1)};
+  const ConvAxis h = geometry.axis(0, x.sizes(), dy.sizes(), target.sizes());
+  const ConvAxis w = geometry.axis(1, x.sizes(), dy.sizes(), target.sizes());
+  if (small_groups) {
+    depthwise_weight_grad(*small_groups, x.size(0), h, w, image(output), image(input), x.size(1),
+                          static_cast<int>(x.size(1) / groups), view);
+  } else {
+    conv_weight_grad(*kernels, x.size(0), h, w, image(output), dy.size(1), image(input), x.size(1), view);
+  }
   if (!in_place) target.add_(sum);
 }
 
