@@ -25,7 +25,6 @@ constexpr int64_t kBandBytes = 128 * 1024;  // of x and y: neighbouring channels
 constexpr int64_t kChunkPixels = 64;        // summed in one float32 at a time
 constexpr int64_t kMaxParts = 32;           // of a weight gradient
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- rows of an image as columns
 
