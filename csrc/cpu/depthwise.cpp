@@ -25,7 +25,6 @@ constexpr int64_t kBandBytes = 128 * 1024;  // of x and y: neighbouring channels
 constexpr int64_t kChunkPixels = 64;        // summed in one float32 at a time
 constexpr int64_t kMaxParts = 32;           // of a weight gradient
 
-
 // ---- rows of an image as columns
 
 // Column c of a row: every step-th one is adjacent, so that adjacent outputs read adjacent columns whatever the stride.
