@@ -9,8 +9,8 @@
 GRADAUG_CUDA=triton, cpp or cudnn takes that path wherever it exists (triton: with gemm and depthwise); `auto` takes
 what `gradaug tune` measured on this card for the bucket of the shape (_tuning/<card>.json), else `default_path`.
 Linear layers are gemm always. Batch norm has one CUDA kernel, in C++, which registers itself. A batch norm before or
-after a convolution (ops/slim_norm_conv2d.py) is part of the convolution's kernel on the path triton; on the others the
-two are called one after the other.
+after a convolution (ops/slim_norm_conv2d.py) is part of the convolution's kernel on the path triton, but for exact
+float32; elsewhere the two are called one after the other.
 """
 
 import functools
@@ -225,7 +225,7 @@ def _slim_conv2d_weight_grad_(dy, x, dweight, *options):
 
 def _slim_conv2d_statistics(x, weight, bias, out_channels, *options):
     geometry = _geometry("forward", x.shape, x.dtype, weight, out_channels, *options)
-    fused = _path(geometry, x.device) == "triton"
+    fused = _fuses(geometry, x.device)
     kernel = _fused().slim_conv2d_statistics_triton if fused else slim_conv2d_statistics_reference
     return kernel(x, weight, bias, out_channels, *options)
 
@@ -233,7 +233,7 @@ def _slim_conv2d_statistics(x, weight, bias, out_channels, *options):
 def _slim_norm_conv2d(x, mean, var, gamma, beta, batch_stats, relu, eps, weight, bias, out_channels, *rest):
     *options, _ = rest
     geometry = _geometry("forward", x.shape, x.dtype, weight, out_channels, *options)
-    fused = _path(geometry, x.device) == "triton"
+    fused = _fuses(geometry, x.device)
     kernel = _fused().slim_norm_conv2d_triton if fused else slim_norm_conv2d_reference
     return kernel(x, mean, var, gamma, beta, batch_stats, relu, eps, weight, bias, out_channels, *rest)
 
@@ -242,7 +242,7 @@ def _slim_norm_conv2d_backward_(dy, x, mean, var, gamma, beta, batch_stats, relu
     *options, _, _ = rest
     geometry = _geometry("input_grad", x.shape, x.dtype, weight, dy.shape[1], *options)
     directions = ("input_grad", "weight_grad")
-    fused = [d for d in directions if _path(geometry._replace(direction=d), x.device) == "triton"]
+    fused = [d for d in directions if _fuses(geometry._replace(direction=d), x.device)]
     arguments = (dy, x, mean, var, gamma, beta, batch_stats, relu, eps, weight, dweight, *rest)
     if not fused:
         return slim_norm_conv2d_backward__reference(*arguments)
@@ -252,6 +252,12 @@ def _slim_norm_conv2d_backward_(dy, x, mean, var, gamma, beta, batch_stats, relu
 def _slim_channel_statistics(x):
     exact = x.dtype == torch.float64  # which Triton's kernel does not sum
     return (slim_channel_statistics_reference if exact else _fused().slim_channel_statistics_triton)(x)
+
+
+def _fuses(geometry: Geometry, device: torch.device) -> bool:
+    """Whether the convolution's kernel does the norms beside it. Exact float32 leaves it no registers for that."""
+    exact = geometry.dtype == torch.float32 and not _tf32(torch.backends.cudnn.conv)
+    return _path(geometry, device) == "triton" and not exact
 
 
 def _fused():

@@ -265,7 +265,8 @@ def test_norms_are_fused_where_triton_serves(monkeypatch, input_grad, weight_gra
     monkeypatch.setattr(
         _cuda_paths, "slim_norm_conv2d_backward__reference", lambda *a: called.append("slim_batch_norm")
     )
-    x, weight, dy = torch.empty(8, 60, 14, 14), torch.empty(64, 64, 3, 3), torch.empty(8, 60, 14, 14)
+    half = {"dtype": torch.bfloat16}
+    x, weight, dy = (torch.empty(*shape, **half) for shape in ((8, 60, 14, 14), (64, 64, 3, 3), (8, 60, 14, 14)))
     norm = (torch.empty(60), torch.empty(60), None, None, True, True, 1e-5)
     _cuda_paths._slim_norm_conv2d_backward_(
         dy, x, *norm, weight, torch.empty_like(weight), [1, 1], [1, 1], [1, 1], 1, True, True
@@ -275,6 +276,17 @@ def test_norms_are_fused_where_triton_serves(monkeypatch, input_grad, weight_gra
     assert ("input_grad" in called) == (input_grad == "triton")
     if made == 0 or input_grad == "triton":
         assert "not masked" in called, "the kernel of the input gradient zeroed it where the ReLU did"
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("dtype", "precision", "fused"), [("bfloat16", "ieee", True), ("float32", "tf32", True), ("float32", "ieee", False)]
+)
+def test_exact_float32_is_not_fused(monkeypatch, dtype, precision, fused):
+    monkeypatch.setattr(_cuda_paths, "_path", lambda geometry, device: "triton")
+    monkeypatch.setattr(_cuda_paths, "_tf32", lambda setting: precision == "tf32")
+    geometry = SLICE_3X3._replace(dtype=getattr(torch, dtype))
+    assert _cuda_paths._fuses(geometry, torch.device("cuda")) == fused
 
 
 # ---- the paths through ATen
