@@ -24,7 +24,7 @@ WIDTHS = (1.0, 0.97, 0.93, 0.9, 0.8)
 
 
 def build_network(name: str) -> tuple[nn.Module, int]:
-    """A network of NETWORKS, converted, and the image size it is made for."""
+    """A network of NETWORKS, converted, its convolutions one by one, and the image size it is made for."""
     import torchvision
 
     from .convert import convert
@@ -37,7 +37,7 @@ def build_network(name: str) -> tuple[nn.Module, int]:
         "mobilenet-v3-large": (torchvision.models.mobilenet_v3_large, 224),
     }
     build, size = builders[name]
-    return convert(build()), size
+    return convert(build(), fuse_chains=False), size
 
 
 def convolutions(model: nn.Module, size: int, batch: int, width: float, dtype: torch.dtype) -> list[Geometry]:

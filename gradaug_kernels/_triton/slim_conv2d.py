@@ -398,15 +398,19 @@ def input_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
-def forward_blocks(rows: int, columns: int, depth: int, vec: int, dtype: torch.dtype, precision: str) -> dict[str, int]:
+def forward_blocks(
+    rows: int, columns: int, depth: int, vec: int, dtype: torch.dtype, precision: str, normed: bool = False
+) -> dict[str, int]:
     """Tile sizes of the forward and of the input gradient.
 
     Args:
         rows: pixels. columns: channels written. depth: channels summed over per tap. vec: elements of one load.
+        normed: whether a norm is applied to what is loaded.
 
     Tensor cores: the column tile that wastes least; 128 pixels, or 64 where that leaves multiprocessors idle; 128 bytes
     of depth, or 64 where that wastes less. Three stages of the largest tile are 96 KiB of shared memory, which every
-    GPU since sm_80 has. Where loads are narrow, tiles are small: each load takes a register for its address.
+    GPU since sm_80 has; two where a norm sends the tile through registers to shared memory once more. Where loads are
+    narrow, tiles are small: each load takes a register for its address.
     Exact float32 has no tensor cores and keeps its sums in registers: 64 x 32 by 16.
     """
     narrow = vec * dtype.itemsize < 16
@@ -421,7 +425,7 @@ def forward_blocks(rows: int, columns: int, depth: int, vec: int, dtype: torch.d
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
         "num_warps": 4 if block_m * block_n < 128 * 64 and not narrow and dtype != torch.float32 else 8,
-        "num_stages": 3,
+        "num_stages": 2 if normed and block_m * block_n == 128 * 128 else 3,
     }
 
 
@@ -495,7 +499,7 @@ def forward(x, weight, bias, out_channels, stride, padding, dilation, groups, no
         a, b = nhwc(x), slice_ohwi(weight, out_channels, c)
         vec = vector_width((a, b, y), c, o)
         precision = input_precision(x.dtype)
-        blocks = forward_blocks(n * oh * ow, o, c, vec, x.dtype, precision)
+        blocks = forward_blocks(n * oh * ow, o, c, vec, x.dtype, precision, norm is not None)
         tile = blocks["BLOCK_M"]
         tiles_m = triton.cdiv(n * oh * ow, tile)
         if statistics:

@@ -20,7 +20,7 @@ _OPS = torch.ops.gradaug
 # ---- the coefficients of a norm
 
 
-@triton.jit(do_not_specialize=["C"])
+@triton.jit(do_not_specialize=["C"], do_not_specialize_on_alignment=["mean", "var", "gamma", "beta"])
 def norm_coefficients_kernel(
     mean,  # [C], float32, as var
     var,
