@@ -357,7 +357,9 @@ struct PlaneTail {
 // Two sums of a channel. Long sums in A would round too often.
 template <class S>
 struct PlaneRun {
-  typename S::Wide first = S::wide(0), second = S::wide(0);
+  typename S::Wide first, second;
+
+  GRADAUG_INLINE PlaneRun() : first(S::wide(0)), second(S::wide(0)) {}
 };
 
 template <class Vectors_>
