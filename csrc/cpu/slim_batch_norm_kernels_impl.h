@@ -9,10 +9,11 @@
 namespace gradaug::batch_norm {
 namespace {
 
-constexpr int kStreams = 4;          // rows at once
-constexpr int64_t kShortSums = 16;   // as many steps are summed in A, then in double
-constexpr int64_t kRun = 8;          // vectors of a plane that are summed before they are added to the other runs
-constexpr int64_t kRunVectors = 64;  // as many vectors are summed in A, in runs, then in double
+constexpr int kStreams = 4;           // rows at once
+constexpr int64_t kShortSums = 16;    // as many steps are summed in A, then in double
+constexpr int64_t kRun = 8;           // vectors of a plane that are summed before they are added to the other runs
+constexpr int64_t kRunVectors = 128;  // of runs that are added in A, then in double
+constexpr int64_t kPlaneGroup = 256;  // channels that are summed together, image after image: in the order of memory
 
 // ---- rows
 //
@@ -354,7 +355,7 @@ struct PlaneTail {
   }
 };
 
-// Two sums of a channel. Long sums in A would round too often.
+// Two sums over kRun vectors of a plane.
 template <class S>
 struct PlaneRun {
   typename S::Wide first, second;
@@ -362,34 +363,48 @@ struct PlaneRun {
   GRADAUG_INLINE PlaneRun() : first(S::wide(0)), second(S::wide(0)) {}
 };
 
-template <class Vectors_>
+// Two sums of a channel: runs are added in A, and kRunVectors of them in double.
+template <class S>
 struct PlaneSums {
-  using S = Vectors_;
-  using V = typename S::V;
   typename S::Wide first, second;
   double first_total, second_total;
-  int64_t steps;
+  int64_t vectors;
 
-  GRADAUG_INLINE PlaneSums() : first_total(0), second_total(0) { clear(); }
-  GRADAUG_INLINE void clear() {
+  GRADAUG_INLINE PlaneSums() {}
+  GRADAUG_INLINE void start() {
     first = second = S::wide(0);
-    steps = 0;
+    first_total = second_total = 0;
+    vectors = 0;
   }
   GRADAUG_INLINE void flush() {
     first_total += S::sum(first);
     second_total += S::sum(second);
-    clear();
+    first = second = S::wide(0);
+    vectors = 0;
   }
-  GRADAUG_INLINE void add(const PlaneRun<S>& run, int64_t vectors) {
+  GRADAUG_INLINE void add(const PlaneRun<S>& run) {
     for (int i = 0; i < 2; i++) first.v[i] += run.first.v[i], second.v[i] += run.second.v[i];
-    if ((steps += vectors) >= kRunVectors) flush();
+    if ((vectors += kRun) >= kRunVectors) flush();
   }
 };
 
+// Adds a plane: add(run, at) for each whole vector of it, add_tail(run) for what is left.
+template <class S, class Add, class AddTail>
+GRADAUG_INLINE void for_runs(int64_t pixels, PlaneSums<S>& sums, const Add& add, const AddTail& add_tail) {
+  const int64_t whole = pixels - pixels % S::width;
+  for (int64_t begin = 0; begin < pixels; begin += kRun * S::width) {
+    const int64_t end = begin + kRun * S::width;
+    PlaneRun<S> run;
+    for (int64_t at = begin; at < (end < whole ? end : whole); at += S::width) add(run, at);
+    if (end >= pixels && whole < pixels) add_tail(run);
+    sums.add(run);
+  }
+}
+
 // A number near the mean, exact in T: the median of three means of a few values, as Centers.
 template <class S>
-GRADAUG_INLINE typename S::Wide plane_center(Planes<const typename S::T> x, int64_t n, int64_t n_end, int64_t c,
-                                             int64_t pixels) {
+GRADAUG_INLINE typename S::A plane_center(Planes<const typename S::T> x, int64_t n, int64_t n_end, int64_t c,
+                                          int64_t pixels) {
   const int count = pixels < S::width ? static_cast<int>(pixels) : S::width;
   double mean[3];
   for (int i = 0; i < 3; i++) {
@@ -399,45 +414,46 @@ GRADAUG_INLINE typename S::Wide plane_center(Planes<const typename S::T> x, int6
   }
   const double low = mean[0] < mean[1] ? mean[0] : mean[1], high = mean[0] < mean[1] ? mean[1] : mean[0],
                upper = high < mean[2] ? high : mean[2];
-  return S::widen(S::narrow(S::wide(static_cast<typename S::A>(low < upper ? upper : low))));
+  return S::widen(S::narrow(S::wide(static_cast<typename S::A>(low < upper ? upper : low)))).v[0][0];
 }
 
-// Reads x once; keeps the sums of a channel.
+// Reads x once; keeps the sums of a group of channels.
 template <class S>
 void plane_moments(Planes<const typename S::T> x, int64_t n, int64_t n_end, int64_t c, int64_t c_end, int64_t pixels,
                    PlaneMoments* result) {
   using Wide = typename S::Wide;
+  using Raw = typename S::Raw;
   const PlaneTail<S> tail(pixels);
-  const int64_t whole = pixels - pixels % S::width;
-  for (; c < c_end; c++, result++) {
-    const Wide mid = plane_center<S>(x, n, n_end, c, pixels);
-    const typename S::Raw fill = S::narrow(mid);
-    PlaneSums<S> sums;
-    const auto add = [&](PlaneRun<S>& run, typename S::Raw raw) GRADAUG_INLINED {
-      const Wide value = S::widen(raw);
-      GRADAUG_UNROLL
-      for (int i = 0; i < 2; i++) {
-        const auto d = value.v[i] - mid.v[i];
-        run.first.v[i] += d;
-        run.second.v[i] += d * d;
-      }
-    };
+  for (int64_t count; c < c_end; c += count, result += count) {
+    count = kPlaneGroup < c_end - c ? kPlaneGroup : c_end - c;
+    typename S::A center[kPlaneGroup];
+    PlaneSums<S> sums[kPlaneGroup];
+    for (int64_t i = 0; i < count; i++) {
+      center[i] = plane_center<S>(x, n, n_end, c + i, pixels);
+      sums[i].start();
+    }
     for (int64_t image = n; image < n_end; image++) {
-      const auto* plane = x.at(image, c);
-      for (int64_t begin = 0; begin < whole; begin += kRun * S::width) {
-        const int64_t end = begin + kRun * S::width < whole ? begin + kRun * S::width : whole;
-        PlaneRun<S> run;
-        for (int64_t i = begin; i < end; i += S::width) add(run, S::read(plane + i));
-        sums.add(run, kRun);
-      }
-      if (tail.any) {
-        PlaneRun<S> run;
-        add(run, tail.read(plane, fill));
-        sums.add(run, 1);
+      for (int64_t i = 0; i < count; i++) {
+        const auto* plane = x.at(image, c + i);
+        const Wide mid = S::wide(center[i]);
+        const auto add = [&](PlaneRun<S>& run, Raw raw) GRADAUG_INLINED {
+          const Wide value = S::widen(raw);
+          GRADAUG_UNROLL
+          for (int j = 0; j < 2; j++) {
+            const auto d = value.v[j] - mid.v[j];
+            run.first.v[j] += d;
+            run.second.v[j] += d * d;
+          }
+        };
+        for_runs<S>(
+            pixels, sums[i], [&](PlaneRun<S>& run, int64_t at) GRADAUG_INLINED { add(run, S::read(plane + at)); },
+            [&](PlaneRun<S>& run) GRADAUG_INLINED { add(run, tail.read(plane, S::narrow(mid))); });
       }
     }
-    sums.flush();
-    *result = {mid.v[0][0], sums.first_total, sums.second_total};
+    for (int64_t i = 0; i < count; i++) {
+      sums[i].flush();
+      result[i] = {center[i], sums[i].first_total, sums[i].second_total};
+    }
   }
 }
 
@@ -449,23 +465,23 @@ void plane_apply(const PlanesForward<typename S::T>& planes, int64_t n, int64_t 
   using Raw = typename S::Raw;
   const PlaneTail<S> tail(pixels);
   const int64_t whole = pixels - pixels % S::width;
-  while (c_end-- > c) {
-    const auto center = S::set(planes.center[c_end]), scale = S::set(planes.scale[c_end]),
-               offset = S::set(planes.offset[c_end]);
-    const auto result = [&](Raw raw, Raw add) GRADAUG_INLINED {
-      Wide value = S::widen(raw), more;
-      if constexpr (kResidual) more = S::widen(add);
-      GRADAUG_UNROLL
-      for (int i = 0; i < 2; i++) {
-        value.v[i] = normalise(value.v[i], center, scale, offset);
-        if constexpr (kResidual) value.v[i] += more.v[i];
-        if constexpr (kRelu) value.v[i] = S::relu(value.v[i]);
-      }
-      return S::narrow(value);
-    };
-    for (int64_t image = n; image < n_end; image++) {
-      const auto *x = planes.x.at(image, c_end), *residual = kResidual ? planes.residual.at(image, c_end) : nullptr;
-      auto* y = planes.y.at(image, c_end);
+  while (n_end-- > n) {  // the image that has been read last is in the cache
+    for (int64_t channel = c; channel < c_end; channel++) {
+      const auto *x = planes.x.at(n_end, channel), *residual = kResidual ? planes.residual.at(n_end, channel) : nullptr;
+      auto* y = planes.y.at(n_end, channel);
+      const auto center = S::set(planes.center[channel]), scale = S::set(planes.scale[channel]),
+                 offset = S::set(planes.offset[channel]);
+      const auto result = [&](Raw raw, Raw add) GRADAUG_INLINED {
+        Wide value = S::widen(raw), more;
+        if constexpr (kResidual) more = S::widen(add);
+        GRADAUG_UNROLL
+        for (int i = 0; i < 2; i++) {
+          value.v[i] = normalise(value.v[i], center, scale, offset);
+          if constexpr (kResidual) value.v[i] += more.v[i];
+          if constexpr (kRelu) value.v[i] = S::relu(value.v[i]);
+        }
+        return S::narrow(value);
+      };
       for (int64_t i = 0; i < whole; i += S::width) {
         S::write(y + i, result(S::read(x + i), kResidual ? S::read(residual + i) : Raw{}));
       }
@@ -474,50 +490,51 @@ void plane_apply(const PlanesForward<typename S::T>& planes, int64_t n, int64_t 
   }
 }
 
-// Reads dy, x (and y) once, writes dz where asked to; keeps the sums of a channel.
+// Reads dy, x (and y) once, writes dz where asked to; keeps the sums of a group of channels.
 template <class S, bool kRelu, bool kStore>
 void plane_gradient_sums(const PlanesBackward<typename S::T>& planes, int64_t n, int64_t n_end, int64_t c,
                          int64_t c_end, int64_t pixels, GradientSums* result) {
   using Wide = typename S::Wide;
   using Raw = typename S::Raw;
   const PlaneTail<S> tail(pixels);
-  const int64_t whole = pixels - pixels % S::width;
-  for (; c < c_end; c++, result++) {
-    const auto center = S::set(planes.center[c]);
-    PlaneSums<S> sums;
-    const auto add = [&](PlaneRun<S>& run, Raw dz, Raw x) GRADAUG_INLINED {
-      const Wide g = S::widen(dz), value = S::widen(x);
-      GRADAUG_UNROLL
-      for (int i = 0; i < 2; i++) {
-        run.first.v[i] += g.v[i];
-        run.second.v[i] += g.v[i] * (value.v[i] - center);
-      }
-    };
+  for (int64_t count; c < c_end; c += count, result += count) {
+    count = kPlaneGroup < c_end - c ? kPlaneGroup : c_end - c;
+    PlaneSums<S> sums[kPlaneGroup];
+    for (int64_t i = 0; i < count; i++) sums[i].start();
     for (int64_t image = n; image < n_end; image++) {
-      const auto *dy = planes.dy.at(image, c), *x = planes.x.at(image, c), *y = kRelu ? planes.y.at(image, c) : nullptr;
-      auto* dz = kStore ? planes.dz.at(image, c) : nullptr;
-      for (int64_t begin = 0; begin < whole; begin += kRun * S::width) {
-        const int64_t end = begin + kRun * S::width < whole ? begin + kRun * S::width : whole;
-        PlaneRun<S> run;
-        for (int64_t i = begin; i < end; i += S::width) {
-          Raw raw = S::read(dy + i);
-          if constexpr (kRelu) raw = S::positive(raw, S::read(y + i));
-          if constexpr (kStore) S::write(dz + i, raw);
-          add(run, raw, S::read(x + i));
-        }
-        sums.add(run, kRun);
-      }
-      if (tail.any) {
-        Raw raw = tail.read(dy);
-        if constexpr (kRelu) raw = S::positive(raw, tail.read(y));
-        if constexpr (kStore) tail.write(dz, raw);
-        PlaneRun<S> run;
-        add(run, tail.only(raw, Raw{}), tail.read(x));
-        sums.add(run, 1);
+      for (int64_t i = 0; i < count; i++) {
+        const auto *dy = planes.dy.at(image, c + i), *x = planes.x.at(image, c + i),
+                   *y = kRelu ? planes.y.at(image, c + i) : nullptr;
+        auto* dz = kStore ? planes.dz.at(image, c + i) : nullptr;
+        const auto center = S::set(planes.center[c + i]);
+        const auto add = [&](PlaneRun<S>& run, Raw raw, Raw x_raw) GRADAUG_INLINED {
+          const Wide g = S::widen(raw), value = S::widen(x_raw);
+          GRADAUG_UNROLL
+          for (int j = 0; j < 2; j++) {
+            run.first.v[j] += g.v[j];
+            run.second.v[j] += g.v[j] * (value.v[j] - center);
+          }
+        };
+        for_runs<S>(
+            pixels, sums[i],
+            [&](PlaneRun<S>& run, int64_t at) GRADAUG_INLINED {
+              Raw raw = S::read(dy + at);
+              if constexpr (kRelu) raw = S::positive(raw, S::read(y + at));
+              if constexpr (kStore) S::write(dz + at, raw);
+              add(run, raw, S::read(x + at));
+            },
+            [&](PlaneRun<S>& run) GRADAUG_INLINED {
+              Raw raw = tail.read(dy);
+              if constexpr (kRelu) raw = S::positive(raw, tail.read(y));
+              if constexpr (kStore) tail.write(dz, raw);
+              add(run, tail.only(raw, Raw{}), tail.read(x));
+            });
       }
     }
-    sums.flush();
-    *result = {sums.first_total, sums.second_total};
+    for (int64_t i = 0; i < count; i++) {
+      sums[i].flush();
+      result[i] = {sums[i].first_total, sums[i].second_total};
+    }
   }
 }
 
@@ -529,21 +546,21 @@ void plane_input_gradients(const PlanesBackward<typename S::T>& planes, int64_t 
   using Raw = typename S::Raw;
   const PlaneTail<S> tail(pixels);
   const int64_t whole = pixels - pixels % S::width;
-  while (c_end-- > c) {
-    const auto center = S::set(planes.center[c_end]), scale = S::set(planes.scale[c_end]),
-               slope = S::set(planes.slope[c_end]), offset = S::set(planes.offset[c_end]);
-    const auto result = [&](Raw raw, Raw x_raw, Raw y_raw) GRADAUG_INLINED {
-      if constexpr (kRelu) raw = S::positive(raw, y_raw);
-      Wide g = S::widen(raw);
-      const Wide value = S::widen(x_raw);
-      GRADAUG_UNROLL
-      for (int i = 0; i < 2; i++) g.v[i] = input_gradient(g.v[i], value.v[i], center, scale, slope, offset);
-      return S::narrow(g);
-    };
-    for (int64_t image = n; image < n_end; image++) {
-      const auto *dy = planes.dy.at(image, c_end), *x = planes.x.at(image, c_end),
-                 *y = kRelu ? planes.y.at(image, c_end) : nullptr;
-      auto* dx = planes.dx.at(image, c_end);
+  while (n_end-- > n) {  // the image that has been read last is in the cache
+    for (int64_t channel = c; channel < c_end; channel++) {
+      const auto *dy = planes.dy.at(n_end, channel), *x = planes.x.at(n_end, channel),
+                 *y = kRelu ? planes.y.at(n_end, channel) : nullptr;
+      auto* dx = planes.dx.at(n_end, channel);
+      const auto center = S::set(planes.center[channel]), scale = S::set(planes.scale[channel]),
+                 slope = S::set(planes.slope[channel]), offset = S::set(planes.offset[channel]);
+      const auto result = [&](Raw raw, Raw x_raw, Raw y_raw) GRADAUG_INLINED {
+        if constexpr (kRelu) raw = S::positive(raw, y_raw);
+        Wide g = S::widen(raw);
+        const Wide value = S::widen(x_raw);
+        GRADAUG_UNROLL
+        for (int i = 0; i < 2; i++) g.v[i] = input_gradient(g.v[i], value.v[i], center, scale, slope, offset);
+        return S::narrow(g);
+      };
       for (int64_t i = 0; i < whole; i += S::width) {
         S::write(dx + i, result(S::read(dy + i), S::read(x + i), kRelu ? S::read(y + i) : Raw{}));
       }
