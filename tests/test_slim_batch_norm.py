@@ -170,9 +170,24 @@ def test_repeated_runs_are_equal(case):
             torch.set_num_threads(2)
 
 
+@all_dtypes
+@with_cases([*LARGE, BatchNormCase("more channels than rows", (1, 700, 7, 7), residual=True, relu=True)])
+def test_threads_do_not_change_the_results(case, dtype):
+    """Sums are cut by the sizes alone."""
+    tensors, results = case.tensors(dtype), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            results.append((*ours(case, tensors), *gradients(ours, case, tensors).values()))
+        finally:
+            torch.set_num_threads(2)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 @with_cases(LARGE)
 def test_one_thread(case):
-    """Another cut of the sums: still as accurate, forward and backward."""
+    """As accurate on one thread, forward and backward."""
     torch.set_num_threads(1)
     try:
         test_forward_is_as_accurate_as_torch(case, torch.float32)

@@ -10,9 +10,8 @@ namespace gradaug::batch_norm {
 namespace {
 
 constexpr int kStreams = 4;           // rows at once
-constexpr int64_t kShortSums = 16;    // as many steps are summed in A, then in double
+constexpr int64_t kShortSums = 8;     // as many steps are summed in A, then in double
 constexpr int64_t kRun = 8;           // vectors of a plane that are summed before they are added to the other runs
-constexpr int64_t kRunVectors = 128;  // of runs that are added in A, then in double
 constexpr int64_t kPlaneGroup = 256;  // channels that are summed together, image after image: in the order of memory
 
 // ---- rows
@@ -363,7 +362,7 @@ struct PlaneRun {
   GRADAUG_INLINE PlaneRun() : first(S::wide(0)), second(S::wide(0)) {}
 };
 
-// Two sums of a channel: runs are added in A, and kRunVectors of them in double.
+// Two sums of a channel: runs are added in A, and a few of them in double.
 template <class S>
 struct PlaneSums {
   typename S::Wide first, second;
@@ -384,7 +383,7 @@ struct PlaneSums {
   }
   GRADAUG_INLINE void add(const PlaneRun<S>& run) {
     for (int i = 0; i < 2; i++) first.v[i] += run.first.v[i], second.v[i] += run.second.v[i];
-    if ((vectors += kRun) >= kRunVectors) flush();
+    if ((vectors += kRun) >= 2 * S::width) flush();  // the fewer lanes, the more is in each
   }
 };
 
