@@ -205,7 +205,7 @@ struct PartialSums {
   double* of(int64_t part, int which) { return values.get() + (2 * part + which) * size.room; }
 
   void clear(int64_t part, int64_t col, int64_t cols) {
-    for (const int which : {0, 1}) std::fill_n(of(part, which) + col, std::max(cols, size.room - size.cols), 0.0);
+    for (const int which : {0, 1}) std::fill_n(of(part, which) + col, cols == size.cols ? size.room : cols, 0.0);
   }
 
   // [C]; part after part, column after column.
