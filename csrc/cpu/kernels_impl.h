@@ -14,7 +14,7 @@
 #define GRADAUG_UNROLL _Pragma("GCC unroll 36")
 #endif
 
-#include "winograd_kernels.h"
+#include "winograd_impl.h"
 
 namespace gradaug::cpu {
 namespace {
