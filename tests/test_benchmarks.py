@@ -219,7 +219,7 @@ def test_an_extracted_network_equals_its_subnetwork():
 
 def test_small_cases_of_every_kernel_run(capsys):
     assert kernels.main() == 0
-    assert "27 cases" in capsys.readouterr().out
+    assert "42 cases" in capsys.readouterr().out
 
 
 def test_the_cases_run_under_pytest_benchmark():
