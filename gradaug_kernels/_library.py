@@ -118,6 +118,11 @@ def backends() -> dict[str, dict[str, str]]:
     return {name: dict(served) for name, served in _BACKENDS.items()}
 
 
+def is_composed(name: str, device: str) -> bool:
+    """Whether a composite operator calls others on a device: no kernel took it over."""
+    return _BACKENDS.get(name, {}).get(device, "composite") == "composite"
+
+
 def build_config() -> dict:
     """What setup.py decided and printed: torch and CUDA versions, flags, targets. Empty where nothing was built."""
     path = Path(__file__).with_name("_build.json")

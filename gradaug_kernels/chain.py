@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from ._library import backends
+from ._library import is_composed
 from .nn import FastSlimConv2d, SlimBatchNorm2d
 from .ops import slim_batch_norm, slim_conv2d_norm, slim_conv2d_statistics, slim_norm_conv2d
 from .ops._common import in_autocast
@@ -116,7 +116,7 @@ def _convolve(x, layer: FastSlimConv2d, norm: _Norm | None, following: SlimBatch
 
 def _sums_outputs(device: torch.device) -> bool:
     """Whether convolutions have kernels that sum their output; elsewhere the next batch norm does that as cheaply."""
-    return backends().get("slim_conv2d_statistics", {}).get(device.type, "composite") != "composite"
+    return not is_composed("slim_conv2d_statistics", device.type)
 
 
 def _is_worth_recomputing(layer: FastSlimConv2d, x: Tensor, residual: Tensor | None) -> bool:

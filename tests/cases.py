@@ -123,7 +123,7 @@ def conv_cases() -> list[ConvCase]:
         depthwise("channel multiplier 2", 2, (6, 7), 9, multiplier=2, bias=True),
         depthwise("channel multiplier 3, stride 2", 1, (7, 7), 5, multiplier=3, stride=(2, 2)),
         depthwise("depthwise of 67 channels on wide rows", 1, (4, 71), 67),
-        depthwise("depthwise on one pixel", 5, one, 35, bias=True),
+        depthwise("depthwise on one pixel", 2, one, 35, bias=True),
         depthwise("depthwise 5x5 on one column", 1, (6, 1), 20, kernel=(5, 5), padding=(2, 2)),
         depthwise("depthwise 5x5 with dilation 2", 1, (11, 9), 17, (5, 5), padding=(4, 4), dilation=(2, 2)),
         depthwise("depthwise with stride 2 and dilation 2", 2, (9, 10), 16, (3, 3), (2, 2), (2, 2), (2, 2)),

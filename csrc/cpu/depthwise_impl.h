@@ -148,8 +148,7 @@ struct DepthwiseImpl {
       case 1:
         if (row.run == 2) return tiles<1, 2>(row, output, std::make_index_sequence<max_pixels(1)>());
         if (row.run == 3) return tiles<1, 3>(row, output, std::make_index_sequence<max_pixels(1)>());
-        // Two less: GRADAUG_UNROLL ends at 16 columns.
-        if (row.run == 5) return tiles<1, 5>(row, output, std::make_index_sequence<max_pixels(1) - 2>());
+        if (row.run == 5) return tiles<1, 5>(row, output, std::make_index_sequence<max_pixels(1)>());
         return tiles<1, 1>(row, output, std::make_index_sequence<max_pixels(1)>());
       case 2:
         return tiles<2, 1>(row, output, std::make_index_sequence<max_pixels(2)>());

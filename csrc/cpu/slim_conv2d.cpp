@@ -65,19 +65,19 @@ struct Geometry {
   }
 };
 
-// The kernels for images of the dtype of x, if the result, which has the given format, is NHWC.
-const Kernels* kernels_for(const Tensor& x, const Tensor& result, const Geometry& geometry) {
+// The kernels for images of the dtype of x, if the result is NHWC.
+const Kernels* kernels_for(const Tensor& x, bool nhwc_result, const Geometry& geometry) {
   const auto dtype = dtype_of(x);
-  if (!dtype || !channels_adjacent(result) || geometry.groups != 1) return nullptr;
+  if (!dtype || !nhwc_result || geometry.groups != 1) return nullptr;
   return select_kernels(*dtype);
 }
 
 // The kernels for as many output as input channels in groups of 1, 2, 4, .. max_group, under the same conditions.
-const DepthwiseKernels* depthwise_kernels_for(const Tensor& x, const Tensor& result, int64_t in_channels,
+const DepthwiseKernels* depthwise_kernels_for(const Tensor& x, bool nhwc_result, int64_t in_channels,
                                               int64_t out_channels, const Geometry& geometry) {
   const auto dtype = dtype_of(x);
   const int64_t group = in_channels / geometry.groups;
-  if (!dtype || !channels_adjacent(result) || geometry.groups == 1 || in_channels != out_channels) return nullptr;
+  if (!dtype || !nhwc_result || geometry.groups == 1 || in_channels != out_channels) return nullptr;
   if (!std::has_single_bit(static_cast<uint64_t>(group))) return nullptr;
   const DepthwiseKernels* kernels = select_depthwise_kernels(*dtype);
   return kernels && group <= kernels->max_group ? kernels : nullptr;
@@ -119,7 +119,7 @@ Tensor slim_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Te
   }
   Tensor y = at::empty(size, x.options().memory_format(format));  // [N, out, OH, OW]
   if (y.numel() == 0) return y;
-  if (const auto* kernels = depthwise_kernels_for(x, y, x.size(1), out_channels, geometry)) {
+  if (const auto* kernels = depthwise_kernels_for(x, channels_adjacent(y), x.size(1), out_channels, geometry)) {
     const Tensor input = nhwc(x), float_bias = b ? b->to(at::kFloat).contiguous() : Tensor();
     depthwise_forward(*kernels, x.size(0), geometry.axis(0, x.sizes(), size, weight.sizes()),
                       geometry.axis(1, x.sizes(), size, weight.sizes()), image(input), grouped(weight),
@@ -127,7 +127,7 @@ Tensor slim_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Te
                       static_cast<int>(out_channels / groups));
     return y;
   }
-  const Kernels* kernels = kernels_for(x, y, geometry);
+  const Kernels* kernels = kernels_for(x, channels_adjacent(y), geometry);
   if (!kernels) {
     const Tensor w = slice(weight, out_channels, x.size(1), groups);
     return at::conv2d(x, w, b, stride, padding, dilation, groups).contiguous(format);
@@ -151,13 +151,13 @@ Tensor slim_conv2d_input_grad(const Tensor& dy, const Tensor& weight, IntArrayRe
   if (dy.numel() == 0) return dx.zero_();
   const ConvAxis h = geometry.axis(0, input_size, dy.sizes(), weight.sizes());
   const ConvAxis w = geometry.axis(1, input_size, dy.sizes(), weight.sizes());
-  if (const auto* kernels = depthwise_kernels_for(dy, dx, input_size[1], dy.size(1), geometry)) {
+  if (const auto* kernels = depthwise_kernels_for(dy, channels_adjacent(dx), input_size[1], dy.size(1), geometry)) {
     const Tensor output = nhwc(dy);
     depthwise_input_grad(*kernels, dy.size(0), h, w, image(output), grouped(weight), image(dx), input_size[1],
                          static_cast<int>(input_size[1] / groups));
     return dx;
   }
-  const Kernels* kernels = kernels_for(dy, dx, geometry);
+  const Kernels* kernels = kernels_for(dy, channels_adjacent(dx), geometry);
   if (!kernels) {
     const Tensor w_slice = slice(weight, dy.size(1), input_size[1], groups);
     // Of x only the shape and the memory format matter, which dx has.
@@ -187,15 +187,15 @@ void slim_conv2d_weight_grad_(const Tensor& dy, const Tensor& x, Tensor& dweight
   if (dy.numel() == 0) return;
   Tensor target = slice(dweight, dy.size(1), x.size(1), groups);  // [out, in / groups, KH, KW]
   const bool any_nhwc = channels_adjacent(x) || channels_adjacent(dy);
-  const Tensor input = any_nhwc ? nhwc(x) : x, output = any_nhwc ? nhwc(dy) : dy;
-  const auto* small_groups = depthwise_kernels_for(x, input, x.size(1), dy.size(1), geometry);
-  const Kernels* kernels = kernels_for(x, input, geometry);
+  const auto* small_groups = depthwise_kernels_for(x, any_nhwc, x.size(1), dy.size(1), geometry);
+  const Kernels* kernels = kernels_for(x, any_nhwc, geometry);
   if (!small_groups && !kernels) {
     // Of w only the shape and the memory format matter.
     const Tensor w = at::empty(target.sizes(), x.options().memory_format(memory_format(x, dy)));
     target.add_(std::get<1>(torch_gradients(dy, x, w, geometry, {false, true})));
     return;
   }
+  const Tensor input = nhwc(x), output = nhwc(dy);
   const bool in_place = target.scalar_type() == at::kFloat;
   Tensor sum =
       in_place

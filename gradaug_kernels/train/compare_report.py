@@ -16,16 +16,9 @@ def summarise(rows: Rows) -> Rows:
 
     The deviation is that of a sample (n - 1); 0 for one seed. rows: as in runs.csv.
     """
-    groups: dict[tuple[str, str], Rows] = {}
-    for row in rows:
-        groups.setdefault((row["budget"], row["method"]), []).append(row)
-
-    def deviation(values):
-        return statistics.stdev(values) if len(values) > 1 else 0.0
-
     table = []
-    for (budget, method), group in groups.items():
-        top1, top5, seconds = ([row[key] for row in group] for key in ("top1", "top5", "seconds"))
+    for (budget, method), group in _grouped(rows, "budget", "method").items():
+        (top1, deviation), (top5, _), (seconds, _) = (_spread(group, key) for key in ("top1", "top5", "seconds"))
         table.append(
             {
                 "budget": budget,
@@ -33,10 +26,10 @@ def summarise(rows: Rows) -> Rows:
                 "step_cost": group[0]["step_cost"],
                 "epochs": group[0]["epochs"],
                 "seeds": len(group),
-                "top1_mean": round(statistics.mean(top1), 3),
-                "top1_std": round(deviation(top1), 3),
-                "top5_mean": round(statistics.mean(top5), 3),
-                "seconds_mean": round(statistics.mean(seconds), 1),
+                "top1_mean": round(top1, 3),
+                "top1_std": round(deviation, 3),
+                "top5_mean": round(top5, 3),
+                "seconds_mean": round(seconds, 1),
             }
         )
     return table
@@ -75,15 +68,10 @@ def write_markdown(path: Path, table: Rows, name: str, command: str, setting: st
 
 def write_figure(path: Path, rows: Rows, title: str) -> None:
     """Each run as a point, mean and standard deviation as a bar, and the seconds of training; a panel per budget."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     table = summarise(rows)
     budgets = [budget for budget in BUDGETS if any(row["budget"] == budget for row in table)]
     methods = list(dict.fromkeys(row["method"] for row in table))
-    size = (5.2 * len(budgets), 1.6 + 0.42 * len(methods))
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(5.2 * len(budgets), 1.6 + 0.42 * len(methods))
     axes = figure.subplots(1, len(budgets), sharex=True, sharey=True, squeeze=False)[0]
     places = {method: len(methods) - 1 - index for index, method in enumerate(methods)}
     for axis, budget in zip(axes, budgets, strict=True):
@@ -100,11 +88,7 @@ def write_figure(path: Path, rows: Rows, title: str) -> None:
         axis.set_xlabel("top-1 accuracy (%)")
         axis.set_yticks(list(places.values()), list(places))
         axis.set_ylim(-0.6, len(methods) - 0.2)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=8, wrap=True)
-    with complete_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
+    _save(figure, path, title)
 
 
 def write_robustness(path: Path, rows: Rows) -> None:
@@ -122,7 +106,7 @@ def write_robustness(path: Path, rows: Rows) -> None:
         f"| method | seeds | {' | '.join(shown.values())} |",
         "|---|---|" + "---|" * len(shown),
     ]
-    for method, group in _by_method(rows).items():
+    for (method,), group in _grouped(rows, "method").items():
         cells = (f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in (_spread(group, key) for key in shown))
         lines.append(f"| {method} | {len(group)} | {' | '.join(cells)} |")
     text = path.read_text()
@@ -133,15 +117,12 @@ def write_robustness(path: Path, rows: Rows) -> None:
 def write_robustness_figure(path: Path, rows: Rows, title: str) -> None:
     """The mean corruption error of each method, and its accuracy under FGSM against epsilon; means over the seeds."""
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    groups = _by_method(rows)
-    figure = Figure(figsize=(10.4, 1.8 + 0.36 * len(groups)), layout="constrained")
-    FigureCanvasAgg(figure)
+    groups = _grouped(rows, "method")
+    figure = _figure(10.4, 1.8 + 0.36 * len(groups))
     errors, curves = figure.subplots(1, 2)
     epsilons = [key for key in rows[0] if key.startswith("fgsm_")]
-    for place, (method, group) in enumerate(groups.items()):
+    for place, ((method,), group) in enumerate(groups.items()):
         colour = colormaps["tab10"](place % 10)
         mean, deviation = _spread(group, "mean_corruption_error")
         errors.errorbar(mean, -place, xerr=deviation, fmt="o", color=colour, capsize=3, markersize=5)
@@ -154,12 +135,25 @@ def write_robustness_figure(path: Path, rows: Rows, title: str) -> None:
             label=method,
             markersize=3,
         )
-    errors.set_yticks([-place for place in range(len(groups))], list(groups))
+    errors.set_yticks([-place for place in range(len(groups))], [method for (method,) in groups])
     errors.set_xlabel("mean corruption error (%)")
     curves.set_xlabel("FGSM epsilon (1/255)")
     curves.set_ylabel("top-1 accuracy (%)")
     curves.legend(frameon=False, fontsize=7)
-    for axis in (errors, curves):
+    _save(figure, path, title)
+
+
+def _figure(width: float, height: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure, path: Path, title: str) -> None:
+    for axis in figure.axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=8, wrap=True)
@@ -167,10 +161,11 @@ def write_robustness_figure(path: Path, rows: Rows, title: str) -> None:
         figure.savefig(temporary, format="png", dpi=130)
 
 
-def _by_method(rows: Rows) -> dict[str, Rows]:
-    groups: dict[str, Rows] = {}
+def _grouped(rows: Rows, *keys: str) -> dict[tuple, Rows]:
+    """The rows that agree in the keys, in order."""
+    groups: dict[tuple, Rows] = {}
     for row in rows:
-        groups.setdefault(row["method"], []).append(row)
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     return groups
 
 
