@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "kernels.h"
@@ -34,6 +35,39 @@ struct Weight {
   const char* at(int64_t ih, int64_t iw, int64_t k, int64_t j) const {
     return static_cast<const char*>(data) + (ih * h + iw * w + k * depth + j * column) * size_of(dtype);
   }
+};
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+  // The i-th of `parts` nearly equal parts, whose borders are multiples of `unit`.
+  Range part(int64_t i, int64_t parts, int64_t unit = 1) const {
+    const int64_t units = ceil_div(size(), unit);
+    return {std::min(end, begin + units * i / parts * unit), std::min(end, begin + units * (i + 1) / parts * unit)};
+  }
+};
+
+// Rows of memory that are brought to the second-level cache a few lines at a time, while something else is computed.
+class Prefetch {
+ public:
+  Prefetch() = default;
+  Prefetch(const char* rows, int64_t count, int64_t stride, int64_t bytes)
+      : row_(rows), rows_(count), stride_(stride), bytes_(bytes) {}
+
+  int64_t lines() const { return rows_ * ceil_div(bytes_, 64); }
+  void fetch(int64_t lines) {
+    for (; lines > 0 && rows_ > 0; lines--) {
+      __builtin_prefetch(row_ + done_, 0, 2);
+      if ((done_ += 64) < bytes_) continue;
+      done_ = 0;
+      row_ += stride_;
+      rows_--;
+    }
+  }
+
+ private:
+  const char* row_ = nullptr;
+  int64_t rows_ = 0, stride_ = 0, bytes_ = 0, done_ = 0;
 };
 
 // Memory of the size of some tensor, not initialised, aligned to a cache line.

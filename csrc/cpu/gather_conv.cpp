@@ -2,7 +2,7 @@
 // 1. the weight slice is packed once into panels [tap, depth, 32 columns], read through its strides;
 // 2. a task takes a block of output pixels and copies the input band under it, padding included (nothing is copied
 //    where there is neither padding nor conversion);
-// 3. for each panel, which stays in the second-level cache, tiles of up to 8 pixels sum over all taps in registers
+// 3. for each panel, which stays in the second-level cache, tiles of up to 14 pixels sum over all taps in registers
 //    and are stored once, with bias, in the output's dtype.
 #include <algorithm>
 #include <vector>
@@ -120,6 +120,22 @@ void gather_conv(const Kernels& kernels, int64_t batch, const GatherAxis& h_axis
     }
   }
 
+  // Pixels of one call.
+  const int64_t strip = pixel_first ? kernels.max_rows : 4 * kernels.max_rows;
+
+  // What a task reads of x, row by row, is fetched during the task before it: as many lines in each call.
+  const auto source = [&](int64_t task) {
+    const int64_t block = task / shares, n = block / (down * across);
+    const int64_t q0 = block / across % down * rows, p0 = block % across * width;
+    const Range valid_h = {std::max<int64_t>(0, q0 * h.step + h.offset[0]),
+                           std::min(h.inputs, (q0 + rows - 1) * h.step + h.offset[0] + span(h) + 1)};
+    const Range valid_w = {std::max<int64_t>(0, p0 * w.step + w.offset[0]),
+                           std::min(w.inputs, (p0 + width - 1) * w.step + w.offset[0] + span(w) + 1)};
+    return Prefetch(x.at(n, valid_h.begin, valid_w.begin), valid_h.size(), x.h * size_of(x.dtype),
+                    ((valid_w.size() - 1) * x.w + depth) * size_of(x.dtype));
+  };
+  const int64_t calls_of_task = rows * ceil_div(width, strip) * panels.count();
+
   at::parallel_for(0, blocks * shares, 1, [&](int64_t begin, int64_t end) {
     const Buffer memory(direct ? 0 : shape.units());
     for (int64_t task = begin; task < end; task++) {
@@ -137,35 +153,38 @@ void gather_conv(const Kernels& kernels, int64_t batch, const GatherAxis& h_axis
         load_band(kernels, memory.data(), band, x, n, h.inputs, w.inputs, depth);
         a = memory.data();
       }
-      const int64_t tiles = ceil_div(block_width, kernels.max_rows);
+      Prefetch next = task + 1 < end && shares == 1 ? source(task + 1) : Prefetch();
+      const int64_t next_lines = ceil_div(next.lines(), calls_of_task);
       const int64_t first_panel = panels.count() * share / shares, last_panel = panels.count() * (share + 1) / shares;
+      const int64_t strips = ceil_div(block_width, strip);
       const auto multiply = [&](int64_t p, int64_t q, int64_t i) {
-        const int64_t first = block_width * i / tiles, last = block_width * (i + 1) / tiles;
+        const Range pixels = Range{0, block_width}.part(i, strips);
         GemmTile tile{};
-        tile.a = a + q * a_row + first * a_pixel;
+        tile.a = a + q * a_row + pixels.begin * a_pixel;
         tile.a_row = a_pixel;
         tile.tap_offset = tap_offset.data();
         tile.taps = tap_offset.size();
         tile.b = packed.data() + panels.offset(p);
         tile.depth = adjacent ? units * taps_w : units;
         tile.bias = bias ? padded_bias.data() + p * panels.panel : nullptr;
-        tile.c = y.at(n, h.first + (q0 + q) * h.spacing, w.first + (p0 + first) * w.spacing) +
+        tile.c = y.at(n, h.first + (q0 + q) * h.spacing, w.first + (p0 + pixels.begin) * w.spacing) +
                  p * panels.panel * size_of(y.dtype);
         tile.c_row = y.w * w.spacing;
-        tile.rows = last - first;
+        tile.rows = pixels.size();
         tile.columns = panels.valid(p);
+        next.fetch(next_lines);
         kernels.gemm(tile, y.dtype);
       };
       if (pixel_first) {
         for (int64_t q = 0; q < block_rows; q++) {
-          for (int64_t i = 0; i < tiles; i++) {
+          for (int64_t i = 0; i < strips; i++) {
             for (int64_t p = first_panel; p < last_panel; p++) multiply(p, q, i);
           }
         }
       } else {
         for (int64_t p = first_panel; p < last_panel; p++) {
           for (int64_t q = 0; q < block_rows; q++) {
-            for (int64_t i = 0; i < tiles; i++) multiply(p, q, i);
+            for (int64_t i = 0; i < strips; i++) multiply(p, q, i);
           }
         }
       }

@@ -25,8 +25,8 @@ struct GemmTile {
   const float* bias;  // [vectors * lanes] or null
   void* c;            // elements of the output's dtype
   int64_t c_row;      // elements
-  int rows;           // 1 to max_rows
-  int columns;        // 1 to panel
+  int64_t rows;
+  int columns;  // 1 to panel
 };
 
 // c[r][j] += sum over images, rows and pixels of a[.., r] * b[.., j], for j < columns; b holds whole vectors.
@@ -39,8 +39,8 @@ struct OuterTile {
   int64_t chunk = 64;  // pixels after which a sum of float32 units is added to a total
   float* c;
   int64_t c_row;
-  int channels;  // of a: 1 to max_rows
-  int columns;   // of b: 1 to panel
+  int64_t channels;  // of a
+  int columns;       // of b: 1 to panel
 };
 
 // The transforms of winograd.cpp, for tiles of m x m outputs and n x n inputs. Places of a tile and taps of a kernel
@@ -66,7 +66,7 @@ struct Kernels {
   int pair;      // channels in a unit: 1 or 2
   int lanes;     // floats in a vector
   int panel;     // columns of a tile: 2 vectors
-  int max_rows;  // rows of a tile
+  int max_rows;  // that a tile keeps in registers
 
   void (*gemm)(const GemmTile& tile, Dtype output);
   void (*outer)(const OuterTile& tile);
@@ -81,10 +81,11 @@ struct Kernels {
   // dst[k / panel][p][k % panel]: as load_pixels, in panels that are dst_panel apart, zeros up to whole panels.
   void (*load_panels)(float* dst, int64_t dst_panel, const void* src, int64_t src_pixel, Dtype dtype, int64_t pixels,
                       int64_t channels);
-  // Pairs along pixels: dst[k / width][k % width] = (first[k], second[k]) for bfloat16 channels, panels `dst_panel`
-  // apart; zeros where one is null, and up to whole panels. For pair = 2 only.
-  void (*zip_panels)(float* dst, int64_t width, int64_t dst_panel, const uint16_t* first, const uint16_t* second,
-                     int64_t channels);
+  // Pairs along pixels: dst[p][k / width][k % width] = bfloat16 channels k of the pixels 2p and 2p + 1, for p < pairs;
+  // pairs are dst_pixel and panels dst_panel apart. Zeros for pixels outside of [begin, end), and up to whole panels.
+  // For pair = 2 only.
+  void (*zip_panels)(float* dst, int64_t dst_pixel, int64_t width, int64_t dst_panel, const uint16_t* src,
+                     int64_t src_pixel, int64_t begin, int64_t end, int64_t pairs, int64_t channels);
   const WinogradKernels* winograd[2];  // m = 2, 4
 };
 

@@ -63,8 +63,9 @@ inline __attribute__((always_inline)) void add(Accumulators<S, kRows, kVectors>&
 }
 
 // Matrix product of a tile, accumulators in registers throughout:
-// 1. each unit k loads kVectors vectors of b and multiplies them with one unit of each row of a, broadcast;
-// 2. the bias is added, and the sums are rounded to the output's dtype and stored once.
+// 1. the lines of c are asked for, which arrive while the sums are computed;
+// 2. each unit k loads kVectors vectors of b and multiplies them with one unit of each row of a, broadcast;
+// 3. the bias is added, and the sums are rounded to the output's dtype and stored once.
 // Rows are addressed from every third one, which x86 addressing reaches without a register of its own.
 template <class S, int kRows, int kVectors>
 void gemm_tile(const GemmTile& tile, Dtype output) {
@@ -74,6 +75,13 @@ void gemm_tile(const GemmTile& tile, Dtype output) {
   clear<S, kRows, kVectors>(sum);
   alignas(64) float total[kRows * kVectors * S::lanes];
   bool chunked = false;
+  const bool two_lines = kVectors * S::lanes * size_of(output) > 64;
+  GRADAUG_UNROLL
+  for (int r = 0; r < kRows; r++) {
+    const char* c = static_cast<const char*>(tile.c) + r * tile.c_row * size_of(output);
+    S::prefetch_to_write(c);
+    if (two_lines) S::prefetch_to_write(c + 64);
+  }
   const float* b = tile.b;
   const int64_t row = tile.a_row;
   int64_t limit = tile.taps * tile.depth / 4, chunk = 0;
@@ -179,19 +187,38 @@ void outer_tile(const OuterTile& tile) {
   }
 }
 
+// Rows in nearly equal tiles of up to max_rows.
 template <class S, size_t... kRows>
-void gemm(const GemmTile& tile, Dtype output, std::index_sequence<kRows...>) {
+void gemm(const GemmTile& all, Dtype output, std::index_sequence<kRows...>) {
   using Tile = void (*)(const GemmTile&, Dtype);
   static constexpr Tile tiles[2][sizeof...(kRows)] = {{gemm_tile<S, kRows + 1, 1>...}, {gemm_tile<S, kRows + 1, 2>...}};
-  tiles[tile.columns > S::lanes][tile.rows - 1](tile, output);
+  const Tile* of_rows = tiles[all.columns > S::lanes];
+  GemmTile tile = all;
+  const int64_t count = (all.rows + S::max_rows - 1) / S::max_rows, c_row = all.c_row * size_of(output);
+  for (int64_t i = 0, row = 0, end; i < count; i++, row = end) {
+    end = all.rows * (i + 1) / count;
+    tile.rows = end - row;
+    of_rows[tile.rows - 1](tile, output);
+    tile.a += tile.rows * all.a_row;
+    tile.c = static_cast<char*>(tile.c) + tile.rows * c_row;
+  }
 }
 
 template <class S, size_t... kRows>
-void outer(const OuterTile& tile, std::index_sequence<kRows...>) {
+void outer(const OuterTile& all, std::index_sequence<kRows...>) {
   using Tile = void (*)(const OuterTile&);
   static constexpr Tile tiles[2][sizeof...(kRows)] = {{outer_tile<S, kRows + 1, 1>...},
                                                       {outer_tile<S, kRows + 1, 2>...}};
-  tiles[tile.columns > S::lanes][tile.channels - 1](tile);
+  const Tile* of_rows = tiles[all.columns > S::lanes];
+  OuterTile tile = all;
+  const int64_t count = (all.channels + S::max_rows - 1) / S::max_rows;
+  for (int64_t i = 0, row = 0, end; i < count; i++, row = end) {
+    end = all.channels * (i + 1) / count;
+    tile.channels = end - row;
+    of_rows[tile.channels - 1](tile);
+    tile.a += tile.channels;
+    tile.c += tile.channels * all.c_row;
+  }
 }
 
 template <class S>
@@ -210,6 +237,15 @@ struct Impl {
     const int64_t size = size_of(dtype);
     if (dst_pixel * S::pair == channels && src_pixel == channels) {  // one run of memory
       dst_pixel *= pixels, channels *= pixels, pixels = 1;
+    }
+    if constexpr (S::pair == 2) {
+      if (src_pixel == channels && dst_pixel * 2 <= S::lanes && S::lanes % dst_pixel == 0) {  // several in a vector
+        const int64_t step = S::lanes / dst_pixel;
+        const auto spread = S::spreading(channels, dst_pixel);
+        for (; pixels >= step; pixels -= step, dst += S::lanes, from += step * channels * size) {
+          S::store(dst, S::spread(from, step * channels, spread));
+        }
+      }
     }
     for (int64_t p = 0; p < pixels; p++, dst += dst_pixel, from += src_pixel * size) {
       for (int64_t k = 0; k < dst_pixel; k += S::lanes) {
@@ -284,16 +320,21 @@ struct Impl {
     }
   }
 
-  static void zip_panels(float* dst, int64_t width, int64_t dst_panel, const uint16_t* first, const uint16_t* second,
-                         int64_t channels) {
+  static void zip_panels(float* dst, int64_t dst_pixel, int64_t width, int64_t dst_panel, const uint16_t* src,
+                         int64_t src_pixel, int64_t begin, int64_t end, int64_t pairs, int64_t channels) {
     if constexpr (S::pair == 2) {
-      for (int64_t k = 0; k < channels; k += width, dst += dst_panel) {
-        for (int64_t j = 0; j < width; j += S::lanes) {
-          const int64_t c = k + j, left = channels - c;
-          const V units = left >= S::lanes && first && second ? S::zip(first + c, second + c)
-                          : left > 0 ? S::zip(first ? first + c : nullptr, second ? second + c : nullptr, left)
-                                     : S::zero();
-          S::store(dst + j, units, width - j);
+      for (int64_t p = 0; p < pairs; p++, dst += dst_pixel) {
+        const uint16_t* first = 2 * p >= begin && 2 * p < end ? src + 2 * p * src_pixel : nullptr;
+        const uint16_t* second = 2 * p + 1 >= begin && 2 * p + 1 < end ? src + (2 * p + 1) * src_pixel : nullptr;
+        float* to = dst;
+        for (int64_t k = 0; k < channels; k += width, to += dst_panel) {
+          for (int64_t j = 0; j < width; j += S::lanes) {
+            const int64_t c = k + j, left = channels - c;
+            const V units = left >= S::lanes && first && second ? S::zip(first + c, second + c)
+                            : left > 0 ? S::zip(first ? first + c : nullptr, second ? second + c : nullptr, left)
+                                       : S::zero();
+            S::store(to + j, units, width - j);
+          }
         }
       }
     }

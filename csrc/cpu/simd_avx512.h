@@ -17,12 +17,13 @@ struct Avx512 {
   static constexpr int lanes = 16;
   static constexpr int registers = 32;
   static constexpr int pair = kPairs ? 2 : 1;
-  static constexpr int max_rows = 8;
+  static constexpr int max_rows = 14;
 
   static __mmask16 mask(int64_t n) { return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1); }
   static __mmask32 mask32(int64_t n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }
 
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  static void prefetch_to_write(const void* p) { _m_prefetchw(const_cast<void*>(p)); }
   static V zero() { return _mm512_setzero_ps(); }
   static V load(const float* p) { return _mm512_loadu_ps(p); }
   static V load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(mask(n), p); }
@@ -109,6 +110,26 @@ struct Avx512 {
     } else {
       return load_floats(p, dtype, n);
     }
+  }
+
+  // Pixels of an odd number of 16-bit channels, adjacent in memory, as whole units each: which element goes where.
+  struct Spreading {
+    __m512i index;
+    __mmask32 used;
+  };
+  static Spreading spreading(int64_t channels, int64_t units) {
+    alignas(64) uint16_t index[32];
+    __mmask32 used = 0;
+    for (int64_t i = 0; i < 32; i++) {
+      const int64_t pixel = i / (2 * units), k = i % (2 * units);
+      index[i] = k < channels ? pixel * channels + k : 0;
+      used |= static_cast<__mmask32>(k < channels) << i;
+    }
+    return {_mm512_load_si512(index), used};
+  }
+  static V spread(const void* p, int64_t n, const Spreading& to) {
+    const __m512i elements = _mm512_maskz_loadu_epi16(mask32(n), p);
+    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(to.used, to.index, elements));
   }
 
   // v[i] = (first[i], second[i]) for n bfloat16 values each, zeros beyond and where one is null.

@@ -1,8 +1,11 @@
 // Weight gradient of a convolution, a matrix product that sums over pixels:
 // 1. threads share the output channels of a large weight, and the pixels of a small one (each then has its own sum);
-// 2. a thread takes blocks of a few hundred pixels and copies them to adjacent memory, x in panels of 32 channels.
+// 2. a thread takes blocks of a few hundred pixels and copies them to adjacent memory, x in panels of 32 channels,
+// where
+//    they are not in that form already; the next block is fetched from memory meanwhile.
 //    Pairs of bfloat16 pixels are zipped into units: dy once, x once for each column of the kernel;
-// 3. for each panel and tap, tiles of 8 output channels sum the block in registers, over those pixels that the tap
+// 3. for each panel and tap, tiles of up to 14 output channels sum the block in registers, over those pixels that the
+// tap
 //    finds inside the image, and are added to the gradient;
 // 4. where threads shared the pixels, their sums are added in the order of the threads.
 #include <algorithm>
@@ -13,16 +16,6 @@
 
 namespace gradaug::cpu {
 namespace {
-
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-  // The i-th of `parts` nearly equal parts, whose borders are multiples of `unit`.
-  Range part(int64_t i, int64_t parts, int64_t unit = 1) const {
-    const int64_t units = ceil_div(size(), unit);
-    return {std::min(end, begin + units * i / parts * unit), std::min(end, begin + units * (i + 1) / parts * unit)};
-  }
-};
 
 // Those outputs of `range` whose input at `tap` is inside the image.
 Range inside(const ConvAxis& axis, int64_t tap, Range range) {
@@ -84,8 +77,13 @@ class Sum {
       Range out, const WeightGrad& dweight)
       : kernels_(kernels), h_(h), w_(w), dy_(dy), x_(x), in_(in), out_(out), dweight_(dweight) {}
 
-  void add(const Block& block) {
+  // next: the block after this one, whose memory is fetched meanwhile.
+  void add(const Block& block, const Block& next) {
     const Units dy = outputs(block);
+    next_dy_ = fetching(dy_, next.images, next.rows, next.columns, h_.outputs, out_.size());
+    next_x_ = fetching(x_, next.images, input_range(h_, next.rows), input_range(w_, next.columns), h_.inputs, in_);
+    const int64_t calls = ceil_div(in_, kernels_.panel) * w_.kernel * h_.kernel;
+    dy_lines_ = ceil_div(next_dy_.lines(), calls), x_lines_ = ceil_div(next_x_.lines(), calls);
     if (kernels_.pair == 1) {
       const Units x = input_pixels(block);
       for (int64_t i = 0; i < in_; i += kernels_.panel) {
@@ -110,8 +108,12 @@ class Sum {
   // A kernel of one column reads only every stride-th column of x.
   int64_t column_step() const { return w_.kernel == 1 ? w_.stride : 1; }
 
-  // dy of the block: [images, rows, columns, out], or pairs of columns
+  // dy of the block: [images, rows, columns, out], or pairs of columns; where it is, if that is in units.
   Units outputs(const Block& block) {
+    if (kernels_.pair == 1 && dy_.dtype == Dtype::f32) {
+      const char* first = dy_.at(block.images.begin, block.rows.begin, block.columns.begin);
+      return {reinterpret_cast<const float*>(first) + out_.begin, 0, dy_.n, dy_.h, dy_.w};
+    }
     const int64_t channels = out_.size(), width = ceil_div(block.columns.size(), kernels_.pair);
     const int64_t row = width * channels, image = row * block.rows.size();
     float* to = dy_memory_.at_least(image * block.images.size());
@@ -122,16 +124,25 @@ class Sum {
         if (kernels_.pair == 1) {
           kernels_.load_pixels(to, channels, from, dy_.w, dy_.dtype, width, channels);
         } else {
-          zip_row(to, channels, channels, 0, from, dy_.w, {0, block.columns.size()}, width, channels);
+          kernels_.zip_panels(to, channels, channels, 0, reinterpret_cast<const uint16_t*>(from), dy_.w, 0,
+                              block.columns.size(), width, channels);
         }
       }
     }
     return units;
   }
 
-  // x of the block: [panels, images, input rows, input columns, panel], every step-th column
+  // x of the block: [panels, images, input rows, input columns, panel], every step-th column; where it is, if that is
+  // in units, one panel suffices, and a vector that begins in a pixel ends in the image.
   Units input_pixels(const Block& block) {
     const Range rows = input_range(h_, block.rows), columns = input_range(w_, block.columns);
+    if (x_.dtype == Dtype::f32 && in_ <= kernels_.panel && w_.kernel == 1 && h_.kernel == 1) {
+      const int64_t after = (w_.inputs - columns.end) * x_.w;  // floats of the same row
+      if (after >= kernels_.panel || in_ % kernels_.lanes == 0) {
+        const char* first = x_.at(block.images.begin, rows.begin, columns.begin);
+        return {reinterpret_cast<const float*>(first), 0, x_.n, x_.h, x_.w * column_step()};
+      }
+    }
     const int64_t width = ceil_div(columns.size(), column_step());
     Units units = input_memory(block, width);
     float* to = x_memory_.data();
@@ -152,28 +163,26 @@ class Sum {
     float* to = x_memory_.data();
     for (int64_t n = block.images.begin; n < block.images.end; n++) {
       for (int64_t h = rows.begin; h < rows.end; h++, to += units.h) {
-        zip_row(to, kernels_.panel, kernels_.panel, units.panel, x_.at(n, h, first), x_.w * w_.stride,
-                {valid.begin - block.columns.begin, valid.end - block.columns.begin}, width, in_);
+        kernels_.zip_panels(to, kernels_.panel, kernels_.panel, units.panel,
+                            reinterpret_cast<const uint16_t*>(x_.at(n, h, first)), x_.w * w_.stride,
+                            valid.begin - block.columns.begin, valid.end - block.columns.begin, width, in_);
       }
     }
     return units;
+  }
+
+  // The rows of some images, those of several only where they are evenly spaced.
+  static Prefetch fetching(const Image& image, Range images, Range rows, Range columns, int64_t height,
+                           int64_t channels) {
+    if (images.size() > 1 && image.n != height * image.h) return {};
+    return {image.at(images.begin, rows.begin, columns.begin), (images.size() - 1) * height + rows.size(),
+            image.h * size_of(image.dtype), ((columns.size() - 1) * image.w + channels) * size_of(image.dtype)};
   }
 
   Units input_memory(const Block& block, int64_t width) {
     const int64_t row = width * kernels_.panel, image = row * input_range(h_, block.rows).size();
     const int64_t panel = image * block.images.size();
     return {x_memory_.at_least(panel * ceil_div(in_, kernels_.panel)), panel, image, row, kernels_.panel};
-  }
-
-  // to [panels, width, to_pixel]: pixels 2p and 2p + 1 zipped, zeros for those that are not in `valid`.
-  void zip_row(float* to, int64_t to_pixel, int64_t panel, int64_t to_panel, const char* from, int64_t from_pixel,
-               Range valid, int64_t width, int64_t channels) const {
-    const auto* bits = reinterpret_cast<const uint16_t*>(from);
-    for (int64_t p = 0; p < 2 * width; p += 2, to += to_pixel) {
-      const bool first = p >= valid.begin && p < valid.end, second = p + 1 >= valid.begin && p + 1 < valid.end;
-      kernels_.zip_panels(to, panel, to_panel, first ? bits + p * from_pixel : nullptr,
-                          second ? bits + (p + 1) * from_pixel : nullptr, channels);
-    }
   }
 
   // All rows of column kw of the kernel, panel i.
@@ -202,12 +211,12 @@ class Sum {
       tile.b_image = x.n, tile.b_row = x.h * h_.stride, tile.b_pixel = x_step;
       tile.c_row = dweight_.out;
       tile.columns = std::min<int64_t>(kernels_.panel, in_ - i);
-      for (int64_t o = 0; o < out_.size(); o += kernels_.max_rows) {
-        tile.a = a + o;
-        tile.c = c + o * dweight_.out;
-        tile.channels = std::min<int64_t>(kernels_.max_rows, out_.size() - o);
-        kernels_.outer(tile);
-      }
+      tile.a = a;
+      tile.c = c;
+      tile.channels = out_.size();
+      next_dy_.fetch(dy_lines_);
+      next_x_.fetch(x_lines_);
+      kernels_.outer(tile);
     }
   }
 
@@ -218,32 +227,79 @@ class Sum {
   const Range out_;
   const WeightGrad dweight_;
   Scratch dy_memory_, x_memory_;
+  Prefetch next_dy_, next_x_;
+  int64_t dy_lines_ = 0, x_lines_ = 0;  // of a call
 };
 
-// Few input channels would fill little of a panel: a pixel then holds those of the kernel's whole row, which are
-// adjacent in a padded copy of x. [N, H, W, in] -> [N, H, W + 2 * padding - KW + 1, KW * channels], overlapping.
+// Few input channels would fill little of a panel: here the panels are those of dy, and the rows of a tile are the
+// channels of the kernel's whole row, which are adjacent in a padded copy of x.
 void few_channels(const Kernels& kernels, int64_t batch, const ConvAxis& h, const ConvAxis& w, const Image& dy,
                   int64_t out, const Image& x, int64_t in, const WeightGrad& dweight) {
-  const int64_t units = ceil_div(in, kernels.pair), channels = units * kernels.pair;
-  const Band band{0, 1, h.inputs, -w.padding, 1, w.inputs + 2 * w.padding, units};
-  const Buffer padded(batch * band.units());
-  at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; n++) {
-      load_band(kernels, padded.data() + n * band.units(), band, x, n, h.inputs, w.inputs, in);
+  const int64_t units = ceil_div(in, kernels.pair), channels = units * kernels.pair;  // of a pixel of the copy
+  const int64_t row = w.kernel * channels, pixels = ceil_div(w.outputs, kernels.pair), panel = kernels.panel;
+  const int64_t panels = ceil_div(out, panel), size = h.kernel * row * out;
+  const int64_t height = std::min<int64_t>(h.outputs, ceil_div(256, w.outputs));  // of a block of outputs
+  const int64_t down = ceil_div(h.outputs, height), blocks = batch * down;
+  const int64_t parts = std::min<int64_t>(at::get_num_threads(), blocks);
+  std::vector<float> sums(parts * size);  // [parts, KH, row, out]
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    Band band{0,          1, (height - 1) * h.stride + (h.kernel - 1) * h.dilation + 1,
+              -w.padding, 1, w.inputs + 2 * w.padding,
+              units};
+    const int64_t dy_panel = height * pixels * panel;
+    const bool zipped = kernels.pair == 2;
+    const Buffer band_memory(band.units()), zipped_memory(zipped ? band.rows * pixels * row : 0);
+    const Buffer dy_memory(panels * dy_panel);
+    for (int64_t part = begin; part < end; part++) {
+      const Range mine = Range{0, blocks}.part(part, parts);
+      for (int64_t b = mine.begin; b < mine.end; b++) {
+        const int64_t n = b / down, first = b % down * height, rows = std::min(height, h.outputs - first);
+        band.first_row = first * h.stride - h.padding;
+        load_band(kernels, band_memory.data(), band, x, n, h.inputs, w.inputs, in);
+        for (int64_t r = 0; r < rows; r++) {
+          float* to = dy_memory.data() + r * pixels * panel;
+          const char* from = dy.at(n, first + r, 0);
+          if (zipped) {
+            kernels.zip_panels(to, panel, panel, dy_panel, reinterpret_cast<const uint16_t*>(from), dy.w, 0, w.outputs,
+                               pixels, out);
+          } else {
+            kernels.load_panels(to, dy_panel, from, dy.w, dy.dtype, pixels, out);
+          }
+        }
+        for (int64_t r = 0; zipped && r < band.rows; r++) {
+          kernels.zip_panels(zipped_memory.data() + r * pixels * row, row, row, 0,
+                             reinterpret_cast<const uint16_t*>(band_memory.data() + r * band.row()),
+                             w.stride * channels, 0, w.outputs, pixels, row);
+        }
+        const int64_t a_row = zipped ? pixels * row : band.row();
+        for (int64_t kh = 0; kh < h.kernel; kh++) {
+          OuterTile tile{};
+          tile.a = (zipped ? zipped_memory.data() : band_memory.data()) + kh * h.dilation * a_row;
+          tile.images = 1, tile.rows = rows, tile.pixels = pixels;
+          tile.a_row = a_row * h.stride, tile.a_pixel = zipped ? row : w.stride * units;
+          tile.b_row = pixels * panel, tile.b_pixel = panel;
+          tile.c_row = out;
+          tile.channels = row;
+          for (int64_t p = 0; p < panels; p++) {
+            tile.b = dy_memory.data() + p * dy_panel;
+            tile.c = sums.data() + part * size + kh * row * out + p * panel;
+            tile.columns = std::min(panel, out - p * panel);
+            kernels.outer(tile);
+          }
+        }
+      }
     }
   });
-  const Image wide{padded.data(), kernels.pair == 2 ? Dtype::bf16 : Dtype::f32, band.units() * kernels.pair,
-                   band.row() * kernels.pair, channels};
-  const ConvAxis one{band.columns - w.kernel + 1, w.outputs, 1, w.stride, 0, 1};
-  const int64_t row = w.kernel * channels;
-  std::vector<float> sum(out * h.kernel * row);  // [out, KH, KW, channels]
-  conv_weight_grad(kernels, batch, h, one, dy, out, wide, row, {sum.data(), h.kernel * row, row, row, 1});
   for (int64_t o = 0; o < out; o++) {
     for (int64_t kh = 0; kh < h.kernel; kh++) {
       for (int64_t kw = 0; kw < w.kernel; kw++) {
-        const float* from = sum.data() + (o * h.kernel + kh) * row + kw * channels;
         float* to = dweight.data + o * dweight.out + kh * dweight.h + kw * dweight.w;
-        for (int64_t i = 0; i < in; i++) to[i * dweight.in] += from[i];
+        for (int64_t i = 0; i < in; i++) {
+          const float* from = sums.data() + (kh * row + kw * channels + i) * out + o;
+          float total = from[0];
+          for (int64_t p = 1; p < parts; p++) total += from[p * size];
+          to[i * dweight.in] += total;
+        }
       }
     }
   }
@@ -292,7 +348,7 @@ void conv_weight_grad(const Kernels& kernels, int64_t batch, const ConvAxis& h_a
       }
       Sum sum(kernels, h, w, dy, x, in, channels, apart ? own : dweight);
       const Range mine = Range{0, blocks.count()}.part(p, pixel_parts);
-      for (int64_t b = mine.begin; b < mine.end; b++) sum.add(blocks[b]);
+      for (int64_t b = mine.begin; b < mine.end; b++) sum.add(blocks[b], blocks[std::min(b + 1, mine.end - 1)]);
     }
   });
   if (!apart) return;

@@ -132,24 +132,20 @@ class Conv {
   void multiply(const float* weight, int64_t p, const float* inputs, int64_t place, float* outputs, int64_t first,
                 int64_t count) const {
     const int64_t output_place = place_of_outputs(count), stored = panels.stored(p), no_tap = 0;
-    const int64_t row_tiles = ceil_div(count, kernels_.max_rows);
     for (int64_t e = 0; e < places; e++) {
-      for (int64_t i = 0; i < row_tiles; i++) {
-        const int64_t row = count * i / row_tiles;
-        GemmTile tile{};
-        tile.a = inputs + e * place + row * pixel;
-        tile.a_row = pixel;
-        tile.tap_offset = &no_tap;
-        tile.taps = 1;
-        tile.b = weight + e * panels.units * stored;
-        tile.depth = panels.units;
-        if (winograd_.outputs > 2) tile.chunk = kLargeTileChunk;
-        tile.c = outputs + e * output_place + row * panels.panel;
-        tile.c_row = panels.panel;
-        tile.rows = count * (i + 1) / row_tiles - row;
-        tile.columns = stored;
-        kernels_.gemm(tile, Dtype::f32);
-      }
+      GemmTile tile{};
+      tile.a = inputs + e * place;
+      tile.a_row = pixel;
+      tile.tap_offset = &no_tap;
+      tile.taps = 1;
+      tile.b = weight + e * panels.units * stored;
+      tile.depth = panels.units;
+      if (winograd_.outputs > 2) tile.chunk = kLargeTileChunk;
+      tile.c = outputs + e * output_place;
+      tile.c_row = panels.panel;
+      tile.rows = count;
+      tile.columns = stored;
+      kernels_.gemm(tile, Dtype::f32);
     }
     const int m = winograd_.outputs;
     for (int64_t t = first; t < first + count; t++, outputs += panels.panel) {
@@ -279,9 +275,9 @@ bool winograd_weight_grad(const Kernels& direct, int64_t batch, const ConvAxis& 
   const std::vector<float> zeros(std::max(in, out));
 
   // Output channels of a task: its sums, which one block makes at once, should stay in the second-level cache.
-  const int64_t threads = at::get_num_threads(), rows = kernels.max_rows;
-  int64_t group = std::clamp<int64_t>(kInputUnits / (places * in), rows, out);
-  group = round_up(ceil_div(out, round_up(ceil_div(out, group), threads)), rows);
+  const int64_t threads = at::get_num_threads();
+  int64_t group = std::clamp<int64_t>(kInputUnits / (places * in), std::min<int64_t>(out, kernels.max_rows), out);
+  group = ceil_div(out, round_up(ceil_div(out, group), threads));
   const int64_t groups = ceil_div(out, group), group_units = places * group * in;
   const bool one_block = block == tiles.count();
   const Buffer sums(one_block ? 0 : groups * group_units);
@@ -314,12 +310,10 @@ bool winograd_weight_grad(const Kernels& direct, int64_t batch, const ConvAxis& 
               tile.a_pixel = out_pitch, tile.b_pixel = panel;
               tile.c_row = in;
               tile.columns = std::min(panel, in - i);
-              for (int64_t o = 0; o < size; o += rows) {
-                tile.a = gradients.data() + place * dy_place + t * out_pitch + g * group + o;
-                tile.c = sum + (place * group + o) * in + i;
-                tile.channels = std::min(rows, size - o);
-                kernels.outer(tile);
-              }
+              tile.a = gradients.data() + place * dy_place + t * out_pitch + g * group;
+              tile.c = sum + place * group * in + i;
+              tile.channels = size;
+              kernels.outer(tile);
             }
           }
         }
