@@ -23,6 +23,10 @@ _BACKENDS: dict[
     str, dict[str, str]
 ] = {}  # operator -> {"cpu": "cpp", "cuda": "reference"}; backward operators included
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+_AUTOCAST = functools.reduce(
+    torch._C.DispatchKeySet.__or__,
+    (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{key}")) for key in _KEYS.values()),
+)
 CUDA_CHOICES = ("auto", "triton", "cpp", "cudnn", "reference")
 
 
@@ -42,9 +46,49 @@ def define(schema: str, reference: Callable, fake: Callable, composite: bool = F
     return getattr(torch.ops.gradaug, name).default
 
 
-def differentiable(op: torch._ops.OpOverload, setup_context: Callable, backward: Callable) -> None:
-    """Attach the autograd formula of an operator."""
+def below_autograd(function: Callable) -> Callable:
+    """Decorate the forward or backward of an autograd.Function, so that operators go straight to their kernels there.
+
+    Otherwise each call passes autograd's and autocast's keys, which are Python functions and have nothing to do in it.
+    """
+
+    def call(*args):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return function(*args)
+        with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return function(*args)
+
+    return call
+
+
+def differentiable(op: torch._ops.OpOverload, setup_context: Callable, backward: Callable) -> Callable:
+    """Attach the autograd formula of an operator.
+
+    Returns:
+        The operator as an eager layer calls it: the same, without the dispatcher's way to the formula, which takes
+        as long as a small layer. Arguments are positional and complete; inside autocast they are cast already.
+    """
     torch.library.register_autograd(f"gradaug::{_name(op)}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        @below_autograd
+        def forward(ctx, *args):
+            output = op(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        @staticmethod
+        @below_autograd
+        def backward(ctx, *grads):
+            return backward(ctx, *grads)
+
+    def call(*args):
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return op(*args)
+        return Eager.apply(*args)
+
+    return call
 
 
 def differentiable_once(*ops: torch._ops.OpOverload) -> None:

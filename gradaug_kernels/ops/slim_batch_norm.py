@@ -188,7 +188,7 @@ def _backward(ctx, dy, _dmean, _dvar):
     )
 
 
-differentiable(_slim_batch_norm, _setup_context, _backward)
+_apply = differentiable(_slim_batch_norm, _setup_context, _backward)
 differentiable_once(_slim_batch_norm_backward)
 
 
@@ -218,7 +218,7 @@ def _precomputed_backward(ctx, dy):
     return _backward(ctx, dy, None, None)
 
 
-differentiable(_slim_batch_norm_precomputed, _precomputed_setup_context, _precomputed_backward)
+_apply_precomputed = differentiable(_slim_batch_norm_precomputed, _precomputed_setup_context, _precomputed_backward)
 
 
 # ---- public function
@@ -253,5 +253,5 @@ def slim_batch_norm(
     """
     check_slim_batch_norm(x, weight, bias, mean, var, residual, relu, eps)
     if batch_stats and mean is not None:
-        return _slim_batch_norm_precomputed(x, weight, bias, mean, var, residual, relu, eps), mean, var
-    return _slim_batch_norm(x, weight, bias, mean, var, residual, relu, eps)
+        return _apply_precomputed(x, weight, bias, mean, var, residual, relu, eps), mean, var
+    return _apply(x, weight, bias, mean, var, residual, relu, eps)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.autograd.function import once_differentiable
 
-from .._library import autocast_rule, define, differentiable, differentiable_once
+from .._library import autocast_rule, below_autograd, define, differentiable, differentiable_once
 from ._common import bias_grad, check_gradient_buffer, check_same_dtype_and_device, in_autocast
 
 
@@ -181,7 +181,7 @@ def _backward(ctx, dy):
     return dx, dweight, dbias, None, None, None, None, None
 
 
-differentiable(_slim_conv2d, _setup_context, _backward)
+_apply = differentiable(_slim_conv2d, _setup_context, _backward)
 differentiable_once(_slim_conv2d_input_grad, _slim_conv2d_weight_grad)
 
 
@@ -189,6 +189,7 @@ class _IntoBuffer(torch.autograd.Function):
     """The operator for a weight whose gradient is added to a buffer; autograd then gets none for it."""
 
     @staticmethod
+    @below_autograd
     def forward(ctx, x, weight, bias, weight_grad, out_channels, *geometry):
         _setup_context(ctx, (x, weight, bias, out_channels, *geometry), None)
         ctx.weight_grad = weight_grad
@@ -196,6 +197,7 @@ class _IntoBuffer(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @below_autograd
     def backward(ctx, dy):
         return _backward_into_buffer(ctx, dy)
 
@@ -254,7 +256,8 @@ def slim_conv2d(
     check_slim_conv2d(x, weight, bias, out_channels, *geometry)
     if weight_grad is not None:
         check_gradient_buffer(weight_grad, weight)
-        if in_autocast(x):
-            x, weight, bias = _autocast(torch.get_autocast_dtype(x.device.type), x, weight, bias)
+    if in_autocast(x):
+        x, weight, bias = _autocast(torch.get_autocast_dtype(x.device.type), x, weight, bias)
+    if weight_grad is not None:
         return _IntoBuffer.apply(x, weight, bias, weight_grad, out_channels, *geometry)
-    return _slim_conv2d(x, weight, bias, out_channels, *geometry)
+    return _apply(x, weight, bias, out_channels, *geometry)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import autocast_rule, define, differentiable, differentiable_once
+from .._library import autocast_rule, below_autograd, define, differentiable, differentiable_once
 from ._common import check_gradient_buffer, in_autocast
 from .slim_batch_norm import _full_width, _slim_batch_norm, _slim_batch_norm_backward, check_slim_batch_norm
 from .slim_conv2d import _fake as _conv_fake
@@ -212,7 +212,7 @@ def _backward(ctx, dy, *_):
     return _gradients(ctx, dy, None)
 
 
-differentiable(_slim_conv2d_norm, _setup_context, _backward)
+_apply = differentiable(_slim_conv2d_norm, _setup_context, _backward)
 differentiable_once(_slim_conv2d_norm_backward)
 
 
@@ -220,6 +220,7 @@ class _IntoBuffer(torch.autograd.Function):
     """The operator for a weight whose gradient is added to a buffer; autograd then gets none for it."""
 
     @staticmethod
+    @below_autograd
     def forward(ctx, *arguments):
         *inputs, ctx.weight_grad = arguments
         output = _slim_conv2d_norm(*inputs)
@@ -228,6 +229,7 @@ class _IntoBuffer(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @below_autograd
     def backward(ctx, dy, *_):
         return *_gradients(ctx, dy, ctx.weight_grad), None
 
@@ -297,6 +299,6 @@ def slim_conv2d_norm(
         arguments = _autocast(torch.get_autocast_dtype(x.device.type), *arguments)
     check_slim_conv2d_norm(*arguments)
     if weight_grad is None:
-        return _slim_conv2d_norm(*arguments)
+        return _apply(*arguments)
     check_gradient_buffer(weight_grad, weight)
     return _IntoBuffer.apply(*arguments, weight_grad)

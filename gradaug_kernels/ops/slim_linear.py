@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import autocast_rule, define, differentiable, differentiable_once
+from .._library import autocast_rule, below_autograd, define, differentiable, differentiable_once
 from ._common import bias_grad, check_gradient_buffer, check_same_dtype_and_device, in_autocast
 
 
@@ -123,7 +123,7 @@ def _backward(ctx, dy):
     return dx, dweight, dbias, None
 
 
-differentiable(_slim_linear, _setup_context, _backward)
+_apply = differentiable(_slim_linear, _setup_context, _backward)
 differentiable_once(_slim_linear_input_grad, _slim_linear_weight_grad)
 
 
@@ -131,6 +131,7 @@ class _IntoBuffer(torch.autograd.Function):
     """The operator for a weight whose gradient is added to a buffer; autograd then gets none for it."""
 
     @staticmethod
+    @below_autograd
     def forward(ctx, x, weight, bias, weight_grad, out_features):
         _setup_context(ctx, (x, weight, bias, out_features), None)
         ctx.weight_grad = weight_grad
@@ -138,6 +139,7 @@ class _IntoBuffer(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @below_autograd
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         dx = _slim_linear_input_grad(dy, weight, x.shape[-1]) if ctx.needs_input_grad[0] else None
@@ -181,7 +183,8 @@ def slim_linear(
     check_slim_linear(x, weight, bias, out_features)
     if weight_grad is not None:
         check_gradient_buffer(weight_grad, weight)
-        if in_autocast(x):
-            x, weight, bias, _ = _autocast(torch.get_autocast_dtype(x.device.type), x, weight, bias, out_features)
+    if in_autocast(x):
+        x, weight, bias, _ = _autocast(torch.get_autocast_dtype(x.device.type), x, weight, bias, out_features)
+    if weight_grad is not None:
         return _IntoBuffer.apply(x, weight, bias, weight_grad, out_features)
-    return _slim_linear(x, weight, bias, out_features)
+    return _apply(x, weight, bias, out_features)

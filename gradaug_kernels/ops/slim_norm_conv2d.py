@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import autocast_rule, define, differentiable, differentiable_once
+from .._library import autocast_rule, below_autograd, define, differentiable, differentiable_once
 from ._common import bias_grad, check_gradient_buffer, in_autocast
 from .slim_batch_norm import (
     _slim_batch_norm,
@@ -122,7 +122,7 @@ def _conv2d_statistics_backward(ctx, dy, *_):
     return (None,) * 8 if dy is None else _conv_backward(ctx, dy)
 
 
-differentiable(_slim_conv2d_statistics, _conv2d_statistics_setup, _conv2d_statistics_backward)
+_apply_statistics = differentiable(_slim_conv2d_statistics, _conv2d_statistics_setup, _conv2d_statistics_backward)
 autocast_rule(_slim_conv2d_statistics)(_conv_autocast)
 
 
@@ -130,6 +130,7 @@ class _StatisticsIntoBuffer(torch.autograd.Function):
     """The operator for a weight whose gradient is added to a buffer; autograd then gets none for it."""
 
     @staticmethod
+    @below_autograd
     def forward(ctx, x, weight, bias, weight_grad, out_channels, *geometry):
         output = _slim_conv2d_statistics(x, weight, bias, out_channels, *geometry)
         _conv2d_statistics_setup(ctx, (x, weight, bias, out_channels, *geometry), output)
@@ -138,6 +139,7 @@ class _StatisticsIntoBuffer(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @below_autograd
     def backward(ctx, dy, *_):
         return (None,) * 9 if dy is None else _backward_into_buffer(ctx, dy)
 
@@ -280,7 +282,7 @@ def _backward(ctx, dy, *_):
     return _gradients(ctx, dy, None)
 
 
-differentiable(_slim_norm_conv2d, _setup_context, _backward)
+_apply = differentiable(_slim_norm_conv2d, _setup_context, _backward)
 differentiable_once(_slim_norm_conv2d_backward)
 
 
@@ -288,6 +290,7 @@ class _IntoBuffer(torch.autograd.Function):
     """The operator for a weight whose gradient is added to a buffer; autograd then gets none for it."""
 
     @staticmethod
+    @below_autograd
     def forward(ctx, *arguments):
         *inputs, ctx.weight_grad = arguments
         output = _slim_norm_conv2d(*inputs)
@@ -296,6 +299,7 @@ class _IntoBuffer(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @below_autograd
     def backward(ctx, dy, *_):
         return *_gradients(ctx, dy, ctx.weight_grad), None
 
@@ -371,13 +375,11 @@ def slim_norm_conv2d(
     norm = (mean, var, gamma, beta)
     check_slim_norm_conv2d(x, *norm, relu, eps, weight, bias, out_channels, *geometry)
     arguments = (x, *norm, batch_stats, relu, eps, weight, bias, out_channels, *geometry, statistics)
-    if weight_grad is None:
-        output = _slim_norm_conv2d(*arguments)
-    else:
+    if weight_grad is not None:
         check_gradient_buffer(weight_grad, weight)
-        if in_autocast(x):
-            arguments = _autocast(torch.get_autocast_dtype(x.device.type), *arguments)
-        output = _IntoBuffer.apply(*arguments, weight_grad)
+    if in_autocast(x):
+        arguments = _autocast(torch.get_autocast_dtype(x.device.type), *arguments)
+    output = _apply(*arguments) if weight_grad is None else _IntoBuffer.apply(*arguments, weight_grad)
     return NormConv(*output[:3], *(output[3:] if statistics else (None, None)))
 
 
@@ -398,9 +400,10 @@ def slim_conv2d_statistics(
     """
     out_channels, geometry = _out_channels_and_geometry(weight, out_channels, stride, padding, dilation, groups)
     check_slim_conv2d(x, weight, bias, out_channels, *geometry)
-    if weight_grad is None:
-        return _slim_conv2d_statistics(x, weight, bias, out_channels, *geometry)
-    check_gradient_buffer(weight_grad, weight)
+    if weight_grad is not None:
+        check_gradient_buffer(weight_grad, weight)
     if in_autocast(x):
         x, weight, bias = _conv_autocast(torch.get_autocast_dtype(x.device.type), x, weight, bias)
+    if weight_grad is None:
+        return _apply_statistics(x, weight, bias, out_channels, *geometry)
     return _StatisticsIntoBuffer.apply(x, weight, bias, weight_grad, out_channels, *geometry)
