@@ -20,7 +20,10 @@ COMMON = ("model", "batch", "size", "dtype", "providers", "threads", "json", "cs
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0, or 1 where the gate of a case was red."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if "recompute" in options.providers and options.run not in (step, memory):
+        parser.error("recompute is a provider of whole steps: step or memory")
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = options.run(options, device)

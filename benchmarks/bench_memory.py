@@ -12,7 +12,7 @@ from tqdm import tqdm
 from .bench_step import case_name, gated_runs
 from .cases import Network
 from .memory import peak_bytes, resident_peak_bytes
-from .providers import StepRun
+from .providers import OURS, StepRun
 from .rows import Row, Table, make_row
 
 
@@ -24,11 +24,11 @@ def run_memory(net: Network, dtype: str, providers: Sequence[str], device: torch
     table = Table("provider", "peak MB", "of eager", "resident", "of eager", "held MB", width=10)
     rows = []
     for name in providers:
-        trusted = name != "ours" or gate.green
+        trusted = name not in OURS or gate.green
         shares = [_share(megabytes, name) if trusted else "RED GATE" for megabytes in (peaks, resident)]
         table.line(name, peaks[name], shares[0], resident[name], shares[1], held_bytes(runs[name]) / 1e6)
         figures = {"peak_mb": peaks[name], "resident_mb": resident[name]}
-        if name == "ours":
+        if name in OURS:
             figures["gate"] = "green" if gate.green else "red"
         rows.append(make_row("memory", case_name(net), name, dtype, device, 1, **figures))
     return rows
@@ -55,7 +55,7 @@ def held_bytes(run: StepRun) -> int:
 
 def test_memory(benchmark, net, dtype, provider, device):
     gate, runs, _ = gated_runs(net, dtype, [provider], device)
-    if provider == "ours":
+    if provider in OURS:
         assert gate.green, gate
     peak = benchmark.pedantic(peak_bytes, args=(runs[provider], device), rounds=1)
     benchmark.extra_info.update(case=case_name(net), peak_mb=peak / 1e6)

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from .cases import DTYPES, Network
 from .gate import Gate, check, speedups
 from .memory import peak_bytes
-from .providers import StepRun, reference_results, step_results
+from .providers import OURS, StepRun, reference_results, step_results
 from .rows import Row, Table, make_row, speedup_cells
 from .timing import Workload, interleave, quantiles, seconds, synchronize
 
@@ -25,7 +25,7 @@ def run_step(
     )
     quantile = {name: quantiles(samples[name]["step"]) for name in providers}
     peaks = {name: peak_bytes(run, device) / 1e6 for name, run in runs.items()}
-    ratios = speedups({name: q.median_ms for name, q in quantile.items()}, gate)
+    medians = {name: q.median_ms for name, q in quantile.items()}
 
     tqdm.write(f"step {case_name(net)}, {dtype}; gate {gate}")
     table = Table(
@@ -35,12 +35,13 @@ def run_step(
     for name, q in quantile.items():
         figures = dict(q._asdict(), first_s=first[name], peak_mb=peaks[name])
         figures |= {"rate": 1e3 * net.batch / q.median_ms, "unit": "images/s"}
-        if name == "ours":
-            figures |= {"gate": "green" if gate.green else "red", "x_eager": ratios[0], "x_best": ratios[1]}
+        if name in OURS:
+            x_eager, x_best = speedups(medians, gate, name)
+            figures |= {"gate": "green" if gate.green else "red", "x_eager": x_eager, "x_best": x_best}
         rows.append(make_row("step", case_name(net), name, dtype, device, repeats, **figures))
         table.line(name, *q, rows[-1].rate, peaks[name], first[name], *speedup_cells(rows[-1]))
     if new_width:
-        rows += _new_width_rows(net, dtype, runs, {name: q.median_ms for name, q in quantile.items()}, device)
+        rows += _new_width_rows(net, dtype, runs, medians, device)
     return rows
 
 
@@ -58,14 +59,15 @@ def gated_runs(
         run = StepRun(name, net, dtype, device)
         losses: list[Tensor] = []
         first[name] = seconds(lambda run=run, losses=losses: losses.extend(run()), device)
-        if name in ("ours", "eager"):
+        if name in (*OURS, "eager"):
             results[name] = step_results(losses, run.model)
         if name in providers:
             runs[name] = run
     # A few losses can be right to the last bit by chance: they may be off by some units in the last place.
     slack = {"losses": 4 * torch.finfo(DTYPES[dtype]).eps}
-    gate = check(results["ours"], results["eager"], reference_results(net, device), slack)
-    return gate, runs, first
+    reference = reference_results(net, device)
+    gates = [check(results[name], results["eager"], reference, slack) for name in OURS if name in results]
+    return next((gate for gate in gates if not gate.green), gates[0]), runs, first
 
 
 def _new_width_rows(
@@ -88,7 +90,7 @@ def _new_width_rows(
 
 def test_step(benchmark, net, dtype, provider, device):
     gate, runs, first = gated_runs(net, dtype, [provider], device)
-    if provider == "ours":
+    if provider in OURS:
         assert gate.green, gate
     benchmark.extra_info.update(case=case_name(net), first_s=first[provider])
 

@@ -52,13 +52,16 @@ def check(
 
 
 def speedups(
-    median_ms: Mapping[str, float], gate: Gate, baselines: Sequence[str] = ("eager", "compile", "eager8")
+    median_ms: Mapping[str, float],
+    gate: Gate,
+    ours: str = "ours",
+    baselines: Sequence[str] = ("eager", "compile", "eager8"),
 ) -> tuple[float | None, float | None]:
     """How many times faster ours is than plain eager and than the best baseline; None where not measured or red."""
     measured = [median_ms[name] for name in baselines if name in median_ms]
-    if not gate.green or "ours" not in median_ms or not measured:
+    if not gate.green or ours not in median_ms or not measured:
         return None, None
     return (
-        median_ms["eager"] / median_ms["ours"] if "eager" in median_ms else None,
-        min(measured) / median_ms["ours"],
+        median_ms["eager"] / median_ms[ours] if "eager" in median_ms else None,
+        min(measured) / median_ms[ours],
     )

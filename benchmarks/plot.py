@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
-COLOURS = {"ours": "#c23b22", "eager": "#9a9a9a", "compile": "#4b7bab", "eager8": "#d4b15f"}
+COLOURS = {"ours": "#c23b22", "recompute": "#e39b8f", "eager": "#9a9a9a", "compile": "#4b7bab", "eager8": "#d4b15f"}
 OP_COLOURS = {"slim_conv2d": "#c23b22", "slim_batch_norm": "#4b7bab", "slim_linear": "#d4b15f"}
 
 Rows = list[dict[str, str]]

@@ -1,6 +1,7 @@
 """Who runs a GradAug step: ours, and the strongest that a user of stock PyTorch could have.
 
 ours      gradaug_kernels.convert and GradAug
+recompute the same with convert(recompute=True), which keeps less and computes some convolutions twice
 eager     plain PyTorch (eager.py): channels_last, autocast, a large cuDNN plan cache and no benchmark mode
 compile   torch.compile of eager's model, with as many graphs as there are widths
 eager8    eager with channels rounded to multiples of 8
@@ -17,7 +18,8 @@ import gradaug_kernels as gk
 from .cases import DTYPES, Network
 from .eager import eager_slimmable, eager_step
 
-PROVIDERS = ("ours", "eager", "compile", "eager8")
+PROVIDERS = ("ours", "recompute", "eager", "compile", "eager8")
+OURS = ("ours", "recompute")
 GRAPHS = 64  # torch.compile falls back to eager beyond its limit of graphs, by default 8
 
 
@@ -37,8 +39,9 @@ class StepRun:
         self.images, self.targets = net.images_and_targets(device)
         self.autocast_dtype = autocast_dtype(dtype)
         model = net.build(device)
-        if provider == "ours":
-            self.model = gk.convert(model).to(memory_format=torch.channels_last)
+        if provider in OURS:
+            model = gk.convert(model, recompute=provider == "recompute")
+            self.model = model.to(memory_format=torch.channels_last)
         else:
             self.model = eager_slimmable(model, 8 if provider == "eager8" else 1).to(memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.model)
@@ -46,7 +49,7 @@ class StepRun:
             torch._dynamo.reset()
             torch._dynamo.config.recompile_limit = GRAPHS
             self.model.compile()
-        self._step = self._ours() if provider == "ours" else self._eager
+        self._step = self._ours() if provider in OURS else self._eager
 
     def __call__(self, subnets: Sequence[tuple[float, int]] | None = None) -> list[Tensor]:
         """subnets: [(width, pixels)], those of the network's case by default."""

@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from gradaug_kernels._library import backends
 
+from .providers import OURS
+
 
 @dataclass
 class Row:
@@ -55,7 +57,7 @@ FIELDS = tuple(field.name for field in fields(Row))
 
 def make_row(bench: str, case: str, provider: str, dtype: str, device: torch.device, repeats: int, **figures) -> Row:
     """A row with everything about the machine and the versions filled in."""
-    backend = {"ours": _our_backends(bench, device), "compile": "inductor"}.get(provider, "aten")
+    backend = _our_backends(bench, device) if provider in OURS else {"compile": "inductor"}.get(provider, "aten")
     return Row(
         bench,
         case,
@@ -143,7 +145,7 @@ def _text(cell: object) -> str:
 
 def speedup_cells(row: Row) -> list[str]:
     """The speed-ups of ours for the table; nothing for a baseline, and no speed-up behind a red gate."""
-    if row.provider != "ours":
+    if row.provider not in OURS:
         return ["", ""]
     if row.gate != "green":
         return ["RED GATE", ""]

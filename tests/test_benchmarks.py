@@ -130,6 +130,17 @@ def test_a_wrong_layer_has_no_speedup(monkeypatch, capsys, tmp_path):
         assert (row["x_eager"] is None) == (row["x_best"] is None) == red
 
 
+def test_recomputing_is_measured_for_whole_steps(capsys, tmp_path):
+    options = ["--providers", "recompute,eager", "--json", str(tmp_path / "rows.json")]
+    assert main(["step", *TINY, *options, "--repeats", "1"]) == 0
+    recompute, eager = json.loads((tmp_path / "rows.json").read_text())
+    assert (recompute["provider"], recompute["gate"], eager["gate"]) == ("recompute", "green", None)
+    assert recompute["x_eager"] == pytest.approx(eager["median_ms"] / recompute["median_ms"])
+    with pytest.raises(SystemExit):
+        main(["layers", *TINY, *options])
+    assert "recompute is a provider of whole steps" in capsys.readouterr().err
+
+
 def test_a_wrong_step_has_no_speedup(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(gk, "GradAug", functools.partial(gk.GradAug, reduction="mean"))
     assert main(["step", *TINY, "--repeats", "1", "--json", str(tmp_path / "rows.json")]) == 1
