@@ -114,6 +114,7 @@ def draw_throughput(rows: Rows) -> Figure:
     """Curves against the width: images per second, arithmetic and peak memory of sub-networks."""
     panels = (("rate", "images / s"), ("gflop", "GFLOP / image"), ("peak_mb", "peak memory, MB"))
     curves = sorted({(row["case"], row["dtype"], row["provider"]) for row in rows})
+    networks = sorted({(case, dtype) for case, dtype, _ in curves})
     figure = Figure(figsize=(11, 3.3), layout="constrained")
     figure.suptitle(_machine(rows[0]), fontsize=8)
     for axes, (field, label) in zip(figure.subplots(1, len(panels)), panels, strict=True):
@@ -125,9 +126,9 @@ def draw_throughput(rows: Rows) -> Figure:
             )
             if points and (field != "gflop" or provider == "ours"):
                 line = "-" if provider == "ours" else "--"
-                axes.plot(
-                    *zip(*points, strict=True), line, marker="o", markersize=3, label=f"{case} {dtype} {provider}"
-                )
+                colour = f"C{networks.index((case, dtype))}"
+                label = f"{case} {dtype} {provider}"
+                axes.plot(*zip(*points, strict=True), line, marker="o", markersize=3, color=colour, label=label)
         axes.set_xlabel("width")
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)

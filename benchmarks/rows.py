@@ -102,13 +102,18 @@ def _version(package: str) -> str:
 
 @cache
 def commit() -> str:
-    """The commit of this folder, with -dirty where tracked files were changed; empty outside a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    """The commit of this folder, with -dirty where tracked files but results were changed; empty outside of git."""
     try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        found = _git("describe", "--always", "--exclude=*")
+        changed = _git("diff", "--name-only", "HEAD", "--", ":/", ":(exclude)results")
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return found.stdout.strip()
+    return f"{found}-dirty" if changed else found
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def write_json(rows: Sequence[Row], path: Path) -> None:
