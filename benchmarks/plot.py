@@ -1,7 +1,8 @@
 """Draws the README's figures from the rows of one folder: `python -m benchmarks.plot [FOLDER]`.
 
 Writes step.png, layers.png, throughput.png and memory.png beside the CSV files, each if there are rows for it. Of rows
-that measure the same thing the last one counts; what ours did behind a red gate is not drawn.
+that measure the same thing the last one counts, beside eager in its own run; what ours did behind a red gate is not
+drawn.
 """
 
 import argparse
@@ -45,13 +46,19 @@ def draw_all(folder: Path) -> list[Path]:
 
 
 def read_rows(folder: Path) -> Rows:
-    latest = {}
+    """The last row of each thing measured; of each, what eager had in the same run, as eager_<field>."""
+    latest: dict[tuple, tuple[dict[str, str], tuple]] = {}
+    eager: dict[tuple, dict[str, str]] = {}
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 key = tuple(row[name] for name in ("bench", "case", "provider", "dtype", "device", "threads", "width"))
-                latest[key] = row
-    return [row for row in latest.values() if row["gate"] != "red"]
+                run = tuple(row[name] for name in ("bench", "case", "dtype", "width", "date"))
+                if row["provider"] == "eager":
+                    eager[run] = {f"eager_{name}": value for name, value in row.items()}
+                latest[key] = row, run
+    rows = [row | eager.get(run, {}) for row, run in latest.values()]
+    return [row for row in rows if row["gate"] != "red"]
 
 
 def draw_step(rows: Rows) -> Figure:
@@ -68,15 +75,15 @@ def _bars(rows: Rows, field: str, ratio: Callable[[float, float], float], label:
     cases: dict[str, dict[str, float]] = {}
     for row in rows:
         case = f"{row['case'].split(' (')[0]}, {row['dtype']}"
-        cases.setdefault(case, {})[row["provider"]] = float(row[field])
-    cases = {case: values for case, values in cases.items() if "eager" in values}
+        if f"eager_{field}" in row:
+            cases.setdefault(case, {})[row["provider"]] = ratio(float(row[f"eager_{field}"]), float(row[field]))
     providers = [name for name in COLOURS if any(name in values for values in cases.values())]
     height = 0.8 / max(1, len(providers))
     axes = _axes(Figure(figsize=(7, 0.8 + 0.28 * len(cases) * len(providers))), rows[0])
     for i, provider in enumerate(providers):
         for j, values in enumerate(cases.values()):
             if provider in values:
-                shown = ratio(values["eager"], values[provider])
+                shown = values[provider]
                 bar = axes.barh(j + i * height, shown, height, color=COLOURS[provider], label=provider)
                 axes.bar_label(bar, [f"{shown:.2f}"], padding=3, fontsize=8)
     axes.set_yticks([j + height * (len(providers) - 1) / 2 for j in range(len(cases))], list(cases))
