@@ -79,7 +79,7 @@ def _bars(rows: Rows, field: str, ratio: Callable[[float, float], float], label:
             cases.setdefault(case, {})[row["provider"]] = ratio(float(row[f"eager_{field}"]), float(row[field]))
     providers = [name for name in COLOURS if any(name in values for values in cases.values())]
     height = 0.8 / max(1, len(providers))
-    axes = _axes(Figure(figsize=(7, 0.8 + 0.28 * len(cases) * len(providers))), rows[0])
+    axes = _axes(Figure(figsize=(7, 0.8 + 0.28 * len(cases) * len(providers))), rows)
     for i, provider in enumerate(providers):
         for j, values in enumerate(cases.values()):
             if provider in values:
@@ -103,7 +103,7 @@ def draw_layers(rows: Rows) -> Figure:
         for row in rows
         if row["provider"] == "ours" and row["x_best"]
     )
-    axes = _axes(Figure(figsize=(7, 3.5)), rows[0])
+    axes = _axes(Figure(figsize=(7, 3.5)), rows)
     for op, colour in OP_COLOURS.items():
         points = [(rank, ratio) for rank, (ratio, of) in enumerate(found) if of == op]
         if points:
@@ -123,7 +123,7 @@ def draw_throughput(rows: Rows) -> Figure:
     curves = sorted({(row["case"], row["dtype"], row["provider"]) for row in rows})
     networks = sorted({(case, dtype) for case, dtype, _ in curves})
     figure = Figure(figsize=(11, 3.3), layout="constrained")
-    figure.suptitle(_machine(rows[0]), fontsize=8)
+    figure.suptitle(_machine(rows), fontsize=8)
     for axes, (field, label) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for case, dtype, provider in curves:
             points = sorted(
@@ -144,15 +144,16 @@ def draw_throughput(rows: Rows) -> Figure:
     return figure
 
 
-def _axes(figure: Figure, row: dict[str, str]) -> Axes:
+def _axes(figure: Figure, rows: Rows) -> Axes:
     axes = figure.subplots()
-    axes.set_title(_machine(row), fontsize=8)
+    axes.set_title(_machine(rows), fontsize=8)
     _bare(axes)
     return axes
 
 
-def _machine(row: dict[str, str]) -> str:
-    return f"{row['device']}, {row['threads']} threads, torch {row['torch']}, commit {row['commit']}"
+def _machine(rows: Rows) -> str:
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    return f"{rows[0]['device']}, {rows[0]['threads']} threads, torch {rows[0]['torch']}, {commits}"
 
 
 def _bare(axes: Axes) -> None:
