@@ -2,11 +2,11 @@
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
 #include <cstdint>
 
+#include "buffer.h"
 #include "kernels.h"
 #include "slim_conv2d.h"
 
@@ -68,13 +68,6 @@ class Prefetch {
  private:
   const char* row_ = nullptr;
   int64_t rows_ = 0, stride_ = 0, bytes_ = 0, done_ = 0;
-};
-
-// Memory of the size of some tensor, not initialised, aligned to a cache line.
-struct Buffer {
-  explicit Buffer(int64_t floats) : memory(c10::GetCPUAllocator()->allocate(floats * sizeof(float))) {}
-  float* data() const { return static_cast<float*>(memory.get()); }
-  at::DataPtr memory;
 };
 
 // y[n, q] = bias + sum over taps of x[n, step * q + offset[tap]] weight[tap], along both axes.

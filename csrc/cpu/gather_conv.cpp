@@ -2,8 +2,8 @@
 // 1. the weight slice is packed once into panels [tap, depth, 32 columns], read through its strides;
 // 2. a task takes a block of output pixels and copies the input band under it, padding included (nothing is copied
 //    where there is neither padding nor conversion);
-// 3. for each panel, which stays in the second-level cache, tiles of up to 14 pixels sum over all taps in registers
-//    and are stored once, with bias, in the output's dtype.
+// 3. for each panel, which stays in the second-level cache, tiles of up to 14 pixels of a row sum over all taps in
+//    registers, but for rows of taps above or below the image, and are stored once, with bias, in the output's dtype.
 #include <algorithm>
 #include <vector>
 
@@ -17,6 +17,18 @@ constexpr int64_t kBandUnits = 48 * 1024;  // 192 KiB: a band and a panel share 
 constexpr int64_t kMinPixels = 48;         // a panel that comes from the third level is used for this many pixels
 
 int64_t span(const GatherAxis& axis) { return axis.offset.back() - axis.offset.front(); }
+
+// Those taps that are inside the image for output q.
+Range inside(const GatherAxis& axis, int64_t q) {
+  const auto outside = [&](int64_t tap) {
+    const int64_t input = axis.step * q + axis.offset[tap];
+    return input < 0 || input >= axis.inputs;
+  };
+  Range taps{0, static_cast<int64_t>(axis.offset.size())};
+  while (taps.begin < taps.end && outside(taps.begin)) taps.begin++;
+  while (taps.begin < taps.end && outside(taps.end - 1)) taps.end--;
+  return taps;
+}
 
 // One row of all pixels, for an unpadded convolution of one tap whose pixels are evenly spaced in memory.
 void flatten(int64_t& batch, GatherAxis& h, GatherAxis& w, Image& x, Image& y) {
@@ -109,12 +121,13 @@ void gather_conv(const Kernels& kernels, int64_t batch, const GatherAxis& h_axis
 
   // Adjacent taps of a row whose pixels are adjacent in the band are one run of units.
   const bool adjacent = span(w) + 1 == taps_w && pixel == units && !direct;
+  const int64_t offsets = adjacent ? 1 : taps_w;  // of a row of taps
   std::vector<int64_t> tap_offset;
   const Band shape{0, copy_h, (rows - 1) * step_h + band_rows, 0, copy_w, band_width, pixel};
   const int64_t a_row = direct ? h.step * x.h / kernels.pair : shape.row() * step_h;
   const int64_t a_pixel = direct ? w.step * x.w / kernels.pair : pixel * step_w;
   for (int64_t th = 0; th < taps_h; th++) {
-    for (int64_t tw = 0; tw < (adjacent ? 1 : taps_w); tw++) {
+    for (int64_t tw = 0; tw < offsets; tw++) {
       const int64_t dh = h.offset[th] - h.offset[0], dw = w.offset[tw] - w.offset[0];
       tap_offset.push_back(dh * shape.row() + dw * pixel);
     }
@@ -159,12 +172,13 @@ void gather_conv(const Kernels& kernels, int64_t batch, const GatherAxis& h_axis
       const int64_t strips = ceil_div(block_width, strip);
       const auto multiply = [&](int64_t p, int64_t q, int64_t i) {
         const Range pixels = Range{0, block_width}.part(i, strips);
+        const Range taps = inside(h, q0 + q);
         GemmTile tile{};
         tile.a = a + q * a_row + pixels.begin * a_pixel;
         tile.a_row = a_pixel;
-        tile.tap_offset = tap_offset.data();
-        tile.taps = tap_offset.size();
-        tile.b = packed.data() + panels.offset(p);
+        tile.tap_offset = tap_offset.data() + taps.begin * offsets;
+        tile.taps = taps.size() * offsets;
+        tile.b = packed.data() + panels.offset(p) + taps.begin * taps_w * units * panels.stored(p);
         tile.depth = adjacent ? units * taps_w : units;
         tile.bias = bias ? padded_bias.data() + p * panels.panel : nullptr;
         tile.c = y.at(n, h.first + (q0 + q) * h.spacing, w.first + (p0 + pixels.begin) * w.spacing) +

@@ -9,6 +9,7 @@
 // tiles of kernels.h: 16 multiplications instead of 36 for m = 2, 36 instead of 144 for m = 4. They are float32, for
 // 16-bit images too: the transformed values would not stand another rounding to 8 bits.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -246,8 +247,8 @@ bool winograd_conv(const Kernels& direct, int64_t batch, const GatherAxis& h, co
 
 // 1. threads transform a block of tiles, inputs in panels of 32 channels and output gradients, into shared memory that
 //    stays in the third-level cache;
-// 2. a task takes some output channels and adds, place by place, the products over the block's tiles to its sums
-//    [place, out, in];
+// 2. a task takes some output and some input channels and adds, place by place, the products over the block's tiles to
+//    its sums [place, out, in];
 // 3. after the last block it transforms them back and adds them to the gradient.
 bool winograd_weight_grad(const Kernels& direct, int64_t batch, const ConvAxis& h, const ConvAxis& w, const Image& dy,
                           int64_t out, const Image& x, int64_t in, const WeightGrad& dweight) {
@@ -263,24 +264,31 @@ bool winograd_weight_grad(const Kernels& direct, int64_t batch, const ConvAxis& 
   const int64_t places = n * n;
   const Tiles tiles{m, batch, h.outputs, w.outputs};
 
-  const int64_t panel = kernels.panel, panels = ceil_div(in, panel),
-                out_pitch = round_up(out, kernels.lanes) + kernels.lanes;
-  const int64_t tile_units = places * (panels * panel + out_pitch);
+  // Channels of a task: about a square of them, whose sums, which one block makes at once, stay in the second-level
+  // cache.
+  const int64_t panel = kernels.panel, panels = ceil_div(in, panel);
+  const int64_t threads = at::get_num_threads(), square = kInputUnits / places;
+  const int64_t in_side = std::clamp<int64_t>(std::sqrt(square) / panel, 1, panels);
+  const int64_t in_group = ceil_div(panels, ceil_div(panels, in_side)) * panel, in_groups = ceil_div(in, in_group);
+  const int64_t out_side = std::clamp<int64_t>(square / in_group, std::min<int64_t>(out, kernels.max_rows), out);
+  const int64_t out_group = ceil_div(out, round_up(ceil_div(out, out_side), threads));
+  const int64_t out_groups = ceil_div(out, out_group), out_pitch = round_up(out_group, kernels.lanes);
+
+  const int64_t tile_units = places * (panels * panel + out_groups * out_pitch);
+  // One block makes sums that are small but read all operands; where these are smaller than all sums, it is the best.
   int64_t block = tiles.count();
-  if (block * tile_units > kSharedUnits) block = std::clamp<int64_t>(kGradientUnits / tile_units, 64, 256);
+  if (block * tile_units > std::max(kSharedUnits, places * out * in)) {
+    block = std::clamp<int64_t>(kGradientUnits / tile_units, 64, 256);
+  }
   block = ceil_div(tiles.count(), ceil_div(tiles.count(), block));
   const int64_t x_panel = block * panel, x_place = panels * x_panel + kernels.lanes;
-  const int64_t dy_place = block * out_pitch + kernels.lanes;
+  const int64_t dy_panel = block * out_pitch, dy_place = out_groups * dy_panel + kernels.lanes;
   const Buffer inputs(places * x_place), gradients(places * dy_place);
   const std::vector<float> zeros(std::max(in, out));
 
-  // Output channels of a task: its sums, which one block makes at once, should stay in the second-level cache.
-  const int64_t threads = at::get_num_threads();
-  int64_t group = std::clamp<int64_t>(kInputUnits / (places * in), std::min<int64_t>(out, kernels.max_rows), out);
-  group = ceil_div(out, round_up(ceil_div(out, group), threads));
-  const int64_t groups = ceil_div(out, group), group_units = places * group * in;
+  const int64_t tasks = out_groups * in_groups, task_units = places * out_group * in_group;
   const bool one_block = block == tiles.count();
-  const Buffer sums(one_block ? 0 : groups * group_units);
+  const Buffer sums(one_block ? 0 : tasks * task_units);
 
   for (int64_t first = 0; first < tiles.count(); first += block) {
     const int64_t count = std::min(block, tiles.count() - first);
@@ -292,37 +300,45 @@ bool winograd_weight_grad(const Kernels& direct, int64_t batch, const ConvAxis& 
         pixels_of(x, image, row - h.padding, column - w.padding, h.inputs, w.inputs, n, zeros.data(), pixels);
         winograd->input_tile(inputs.data() + t * panel, x_place, panel, x_panel, pixels, x.dtype, in);
         pixels_of(dy, image, row, column, h.outputs, w.outputs, m, zeros.data(), pixels);
-        winograd->gradient_tile(gradients.data() + t * out_pitch, dy_place, pixels, dy.dtype, out);
+        for (int64_t g = 0; g < out_groups; g++) {
+          const void* channels[kMaxOutputs];
+          for (int i = 0; i < m * m; i++) {
+            channels[i] = static_cast<const char*>(pixels[i]) + g * out_group * size_of(dy.dtype);
+          }
+          winograd->gradient_tile(gradients.data() + g * dy_panel + t * out_pitch, dy_place, channels, dy.dtype,
+                                  std::min(out_group, out - g * out_group));
+        }
       }
     });
-    at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-      const Buffer own(one_block ? group_units : 0);
-      for (int64_t g = begin; g < end; g++) {
-        float* sum = one_block ? own.data() : sums.data() + g * group_units;
-        const int64_t size = std::min(group, out - g * group);
-        if (first == 0) std::memset(sum, 0, group_units * sizeof(float));
+    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      const Buffer own(one_block ? task_units : 0);
+      for (int64_t task = begin; task < end; task++) {
+        float* sum = one_block ? own.data() : sums.data() + task * task_units;
+        const int64_t o = task / in_groups * out_group, outs = std::min(out_group, out - o);
+        const int64_t i = task % in_groups * in_group, ins = std::min(in_group, in - i);
+        if (first == 0) std::memset(sum, 0, task_units * sizeof(float));
         for (int64_t place = 0; place < places; place++) {
-          for (int64_t i = 0; i < in; i += panel) {
+          for (int64_t p = 0; p < ins; p += panel) {
             for (int64_t t = 0; t < count; t += kOuterTiles) {
               OuterTile tile{};
-              tile.b = inputs.data() + place * x_place + i / panel * x_panel + t * panel;
+              tile.b = inputs.data() + place * x_place + (i + p) / panel * x_panel + t * panel;
               tile.images = tile.rows = 1, tile.pixels = std::min(kOuterTiles, count - t), tile.chunk = 32;
               tile.a_pixel = out_pitch, tile.b_pixel = panel;
-              tile.c_row = in;
-              tile.columns = std::min(panel, in - i);
-              tile.a = gradients.data() + place * dy_place + t * out_pitch + g * group;
-              tile.c = sum + place * group * in + i;
-              tile.channels = size;
+              tile.c_row = in_group;
+              tile.columns = std::min(panel, ins - p);
+              tile.a = gradients.data() + place * dy_place + task / in_groups * dy_panel + t * out_pitch;
+              tile.c = sum + place * out_group * in_group + p;
+              tile.channels = outs;
               kernels.outer(tile);
             }
           }
         }
-        for (int64_t o = 0; last && o < size; o++) {
+        for (int64_t row = 0; last && row < outs; row++) {
           float* taps[9];
           for (int t = 0; t < 9; t++) {
-            taps[t] = dweight.data + (g * group + o) * dweight.out + t / 3 * dweight.h + t % 3 * dweight.w;
+            taps[t] = dweight.data + (o + row) * dweight.out + t / 3 * dweight.h + t % 3 * dweight.w + i;
           }
-          winograd->add_weight_grad(taps, sum + o * in, group * in, in);
+          winograd->add_weight_grad(taps, sum + row * in_group, out_group * in_group, ins);
         }
       }
     });
