@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "band.h"
+#include "partial_sums.h"
 
 namespace gradaug::cpu {
 namespace {
@@ -335,36 +336,17 @@ void conv_weight_grad(const Kernels& kernels, int64_t batch, const ConvAxis& h_a
   const Blocks blocks(batch, h.outputs, w.outputs, std::clamp<int64_t>(64 * 1024 * out_parts / out, 192, 512));
   const int64_t pixel_parts = std::min(threads / out_parts, blocks.count());
 
-  // [parts, KH, KW, out, in], where the threads cannot add to the gradient itself
-  const bool apart = pixel_parts > 1 || dweight.in != 1;
-  const Buffer sums(apart ? pixel_parts * size : 0);
+  const PartialSums sums(pixel_parts, h.kernel, w.kernel, out, in, dweight);
   at::parallel_for(0, out_parts * pixel_parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; part++) {
       const int64_t p = part % pixel_parts;
       const Range channels = Range{0, out}.part(part / pixel_parts, out_parts, kernels.max_rows);
-      const WeightGrad own{sums.data() + p * size, in, w.kernel * out * in, out * in, 1};
-      for (int64_t tap = 0; apart && tap < h.kernel * w.kernel; tap++) {
-        std::memset(own.data + (tap * out + channels.begin) * in, 0, channels.size() * in * sizeof(float));
-      }
-      Sum sum(kernels, h, w, dy, x, in, channels, apart ? own : dweight);
+      Sum sum(kernels, h, w, dy, x, in, channels, sums.of(p, channels));
       const Range mine = Range{0, blocks.count()}.part(p, pixel_parts);
       for (int64_t b = mine.begin; b < mine.end; b++) sum.add(blocks[b], blocks[std::min(b + 1, mine.end - 1)]);
     }
   });
-  if (!apart) return;
-  at::parallel_for(0, out, std::max<int64_t>(1, 32768 * out / size), [&](int64_t begin, int64_t end) {
-    for (int64_t tap = 0; tap < h.kernel * w.kernel; tap++) {
-      for (int64_t o = begin; o < end; o++) {
-        const float* from = sums.data() + (tap * out + o) * in;
-        float* to = dweight.data + o * dweight.out + tap / w.kernel * dweight.h + tap % w.kernel * dweight.w;
-        for (int64_t i = 0; i < in; i++) {
-          float total = from[i];
-          for (int64_t p = 1; p < pixel_parts; p++) total += from[i + p * size];
-          to[i * dweight.in] += total;
-        }
-      }
-    }
-  });
+  sums.add();
 }
 
 }  // namespace gradaug::cpu

@@ -11,9 +11,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "panels.h"
+#include "partial_sums.h"
 
 namespace gradaug::cpu {
 namespace {
@@ -227,6 +229,151 @@ void tiles_by_panels(const Conv& conv, const Tiles& tiles) {
   });
 }
 
+// The weight gradient of some output channels and tiles, which one thread sums without the others:
+// 1. it transforms a block of tiles, inputs in panels of 32 channels and output gradients in groups;
+// 2. for some output and some input channels it adds, place by place, the products over the block's tiles to their sums
+//    [place, out, in];
+// 3. after the last block it transforms these back and adds them to the gradient.
+class GradientSum {
+ public:
+  GradientSum(const Kernels& kernels, const WinogradKernels& winograd, const Tiles& tiles, const ConvAxis& h,
+              const ConvAxis& w, const Image& dy, Range out, const Image& x, int64_t in, const WeightGrad& dweight)
+      : kernels_(kernels),
+        winograd_(winograd),
+        tiles_(tiles),
+        h_(h),
+        w_(w),
+        dy_(dy),
+        x_(x),
+        out_(out),
+        in_(in),
+        dweight_(dweight),
+        places_(winograd.inputs * winograd.inputs),
+        zeros_(std::max(in, out.end)) {
+    // A group of channels is about a square, whose sums stay in the second-level cache while one block is added.
+    const int64_t panel = kernels.panel, square = kInputUnits / places_, outs = out.size();
+    panels_ = ceil_div(in, panel);
+    const int64_t in_side = std::clamp<int64_t>(std::sqrt(square) / panel, 1, panels_);
+    in_group_ = ceil_div(panels_, ceil_div(panels_, in_side)) * panel;
+    const int64_t out_side = std::clamp<int64_t>(square / in_group_, std::min<int64_t>(outs, kernels.max_rows), outs);
+    out_group_ = ceil_div(outs, ceil_div(outs, out_side));
+    out_pitch_ = round_up(out_group_, kernels.lanes);
+  }
+
+  // parts: sums that are made at the same time and share the caches.
+  void add(Range tiles, int64_t parts) {
+    // One block of all tiles makes the sums small; where its operands are smaller than all sums would be, it is the
+    // best.
+    const int64_t tile_units = places_ * (panels_ * kernels_.panel + out_groups() * out_pitch_);
+    int64_t block = tiles.size();
+    if (block * tile_units > std::max(kSharedUnits / parts, places_ * out_.size() * in_)) {
+      block = std::clamp<int64_t>(kGradientUnits / parts / tile_units, 128, 256);
+    }
+    block = ceil_div(tiles.size(), ceil_div(tiles.size(), block));
+    x_panel_ = block * kernels_.panel, x_place_ = panels_ * x_panel_ + kernels_.lanes;
+    dy_group_ = block * out_pitch_, dy_place_ = out_groups() * dy_group_ + kernels_.lanes;
+    const Buffer inputs(places_ * x_place_), gradients(places_ * dy_place_);
+    const bool one_block = block == tiles.size();
+    const int64_t group_units = places_ * out_group_ * in_group_;
+    const Buffer sums((one_block ? 1 : out_groups() * in_groups()) * group_units);
+    for (int64_t first = tiles.begin; first < tiles.end; first += block) {
+      const Range some{first, std::min(tiles.end, first + block)};
+      transform(some, inputs.data(), gradients.data());
+      float* sum = sums.data();
+      for (int64_t og = 0; og < out_groups(); og++) {
+        for (int64_t ig = 0; ig < in_groups(); ig++, sum += one_block ? 0 : group_units) {
+          if (first == tiles.begin) std::memset(sum, 0, group_units * sizeof(float));
+          multiply(sum, some.size(), inputs.data(), gradients.data(), og, ig);
+          if (some.end == tiles.end) transform_back(sum, og, ig);
+        }
+      }
+    }
+  }
+
+ private:
+  int64_t out_groups() const { return ceil_div(out_.size(), out_group_); }
+  int64_t in_groups() const { return ceil_div(in_, in_group_); }
+  int64_t outs(int64_t og) const { return std::min(out_group_, out_.size() - og * out_group_); }
+  int64_t ins(int64_t ig) const { return std::min(in_group_, in_ - ig * in_group_); }
+
+  // inputs [place, panel, tile, channel], gradients [place, group, tile, channel]
+  void transform(Range tiles, float* inputs, float* gradients) const {
+    const int m = winograd_.outputs;
+    for (int64_t t = tiles.begin; t < tiles.end; t++, inputs += kernels_.panel, gradients += out_pitch_) {
+      const int64_t image = tiles_.image(t), row = tiles_.row(t), column = tiles_.column(t);
+      const void* pixels[kMaxInputs];
+      pixels_of(x_, image, row - h_.padding, column - w_.padding, h_.inputs, w_.inputs, winograd_.inputs,
+                zeros_.data(), pixels);
+      winograd_.input_tile(inputs, x_place_, kernels_.panel, x_panel_, pixels, x_.dtype, in_);
+      pixels_of(dy_, image, row, column, h_.outputs, w_.outputs, m, zeros_.data(), pixels);
+      for (int64_t og = 0; og < out_groups(); og++) {
+        const int64_t skipped = (out_.begin + og * out_group_) * size_of(dy_.dtype);
+        const void* of_group[kMaxOutputs];
+        for (int i = 0; i < m * m; i++) of_group[i] = static_cast<const char*>(pixels[i]) + skipped;
+        winograd_.gradient_tile(gradients + og * dy_group_, dy_place_, of_group, dy_.dtype, outs(og));
+      }
+    }
+  }
+
+  void multiply(float* sum, int64_t tiles, const float* inputs, const float* gradients, int64_t og, int64_t ig) const {
+    const int64_t panel = kernels_.panel;
+    for (int64_t place = 0; place < places_; place++) {
+      for (int64_t i = 0; i < ins(ig); i += panel) {
+        for (int64_t t = 0; t < tiles; t += kOuterTiles) {
+          OuterTile tile{};
+          tile.a = gradients + place * dy_place_ + og * dy_group_ + t * out_pitch_;
+          tile.b = inputs + place * x_place_ + (ig * in_group_ + i) / panel * x_panel_ + t * panel;
+          tile.images = tile.rows = 1, tile.pixels = std::min(kOuterTiles, tiles - t), tile.chunk = 32;
+          tile.a_pixel = out_pitch_, tile.b_pixel = panel;
+          tile.c = sum + place * out_group_ * in_group_ + i;
+          tile.c_row = in_group_;
+          tile.channels = outs(og);
+          tile.columns = std::min(panel, ins(ig) - i);
+          kernels_.outer(tile);
+        }
+      }
+    }
+  }
+
+  void transform_back(const float* sum, int64_t og, int64_t ig) const {
+    for (int64_t o = 0; o < outs(og); o++) {
+      float* taps[9];
+      for (int t = 0; t < 9; t++) {
+        taps[t] = dweight_.data + (out_.begin + og * out_group_ + o) * dweight_.out + t / 3 * dweight_.h +
+                  t % 3 * dweight_.w + ig * in_group_;
+      }
+      winograd_.add_weight_grad(taps, sum + o * in_group_, out_group_ * in_group_, ins(ig));
+    }
+  }
+
+  const Kernels& kernels_;
+  const WinogradKernels& winograd_;
+  const Tiles tiles_;
+  const ConvAxis &h_, &w_;
+  const Image dy_, x_;
+  const Range out_;
+  const int64_t in_;
+  const WeightGrad dweight_;
+  const int64_t places_;
+  const std::vector<float> zeros_;
+  int64_t panels_, in_group_, out_group_, out_pitch_;
+  int64_t x_panel_ = 0, x_place_ = 0, dy_group_ = 0, dy_place_ = 0;  // strides
+};
+
+// Into how many parts the threads divide the output channels and the tiles. Each part of the channels transforms all
+// inputs, and each part of the tiles transforms all sums back.
+std::pair<int64_t, int64_t> divide(int64_t tiles, int64_t out, int64_t max_rows) {
+  const int64_t threads = at::get_num_threads();
+  std::pair<int64_t, int64_t> best{1, 1};
+  double least = 0;
+  for (int64_t outs = 1; outs <= std::min(threads, ceil_div(out, 2 * max_rows)); outs++) {
+    const int64_t parts = std::clamp<int64_t>(threads / outs, 1, ceil_div(tiles, kOuterTiles));
+    const double time = (tiles * (1 + 8. * outs / out) + kOnce * parts) / (outs * parts);
+    if (least == 0 || time < least) least = time, best = {outs, parts};
+  }
+  return best;
+}
+
 }  // namespace
 
 bool winograd_conv(const Kernels& direct, int64_t batch, const GatherAxis& h, const GatherAxis& w, const Image& x,
@@ -245,11 +392,6 @@ bool winograd_conv(const Kernels& direct, int64_t batch, const GatherAxis& h, co
   return true;
 }
 
-// 1. threads transform a block of tiles, inputs in panels of 32 channels and output gradients, into shared memory that
-//    stays in the third-level cache;
-// 2. a task takes some output and some input channels and adds, place by place, the products over the block's tiles to
-//    its sums [place, out, in];
-// 3. after the last block it transforms them back and adds them to the gradient.
 bool winograd_weight_grad(const Kernels& direct, int64_t batch, const ConvAxis& h, const ConvAxis& w, const Image& dy,
                           int64_t out, const Image& x, int64_t in, const WeightGrad& dweight) {
   for (const ConvAxis* axis : {&h, &w}) {
@@ -260,89 +402,18 @@ bool winograd_weight_grad(const Kernels& direct, int64_t batch, const ConvAxis& 
   const bool large_tiles = x.dtype != Dtype::f32;
   const WinogradKernels* winograd = choose(kernels, direct.pair, batch, h.outputs, w.outputs, in, out, large_tiles);
   if (!winograd) return false;
-  const int m = winograd->outputs, n = winograd->inputs;
-  const int64_t places = n * n;
-  const Tiles tiles{m, batch, h.outputs, w.outputs};
-
-  // Channels of a task: about a square of them, whose sums, which one block makes at once, stay in the second-level
-  // cache.
-  const int64_t panel = kernels.panel, panels = ceil_div(in, panel);
-  const int64_t threads = at::get_num_threads(), square = kInputUnits / places;
-  const int64_t in_side = std::clamp<int64_t>(std::sqrt(square) / panel, 1, panels);
-  const int64_t in_group = ceil_div(panels, ceil_div(panels, in_side)) * panel, in_groups = ceil_div(in, in_group);
-  const int64_t out_side = std::clamp<int64_t>(square / in_group, std::min<int64_t>(out, kernels.max_rows), out);
-  const int64_t out_group = ceil_div(out, round_up(ceil_div(out, out_side), threads));
-  const int64_t out_groups = ceil_div(out, out_group), out_pitch = round_up(out_group, kernels.lanes);
-
-  const int64_t tile_units = places * (panels * panel + out_groups * out_pitch);
-  // One block makes sums that are small but read all operands; where these are smaller than all sums, it is the best.
-  int64_t block = tiles.count();
-  if (block * tile_units > std::max(kSharedUnits, places * out * in)) {
-    block = std::clamp<int64_t>(kGradientUnits / tile_units, 64, 256);
-  }
-  block = ceil_div(tiles.count(), ceil_div(tiles.count(), block));
-  const int64_t x_panel = block * panel, x_place = panels * x_panel + kernels.lanes;
-  const int64_t dy_panel = block * out_pitch, dy_place = out_groups * dy_panel + kernels.lanes;
-  const Buffer inputs(places * x_place), gradients(places * dy_place);
-  const std::vector<float> zeros(std::max(in, out));
-
-  const int64_t tasks = out_groups * in_groups, task_units = places * out_group * in_group;
-  const bool one_block = block == tiles.count();
-  const Buffer sums(one_block ? 0 : tasks * task_units);
-
-  for (int64_t first = 0; first < tiles.count(); first += block) {
-    const int64_t count = std::min(block, tiles.count() - first);
-    const bool last = first + count == tiles.count();
-    at::parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; t++) {
-        const int64_t image = tiles.image(first + t), row = tiles.row(first + t), column = tiles.column(first + t);
-        const void* pixels[kMaxInputs];
-        pixels_of(x, image, row - h.padding, column - w.padding, h.inputs, w.inputs, n, zeros.data(), pixels);
-        winograd->input_tile(inputs.data() + t * panel, x_place, panel, x_panel, pixels, x.dtype, in);
-        pixels_of(dy, image, row, column, h.outputs, w.outputs, m, zeros.data(), pixels);
-        for (int64_t g = 0; g < out_groups; g++) {
-          const void* channels[kMaxOutputs];
-          for (int i = 0; i < m * m; i++) {
-            channels[i] = static_cast<const char*>(pixels[i]) + g * out_group * size_of(dy.dtype);
-          }
-          winograd->gradient_tile(gradients.data() + g * dy_panel + t * out_pitch, dy_place, channels, dy.dtype,
-                                  std::min(out_group, out - g * out_group));
-        }
-      }
-    });
-    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-      const Buffer own(one_block ? task_units : 0);
-      for (int64_t task = begin; task < end; task++) {
-        float* sum = one_block ? own.data() : sums.data() + task * task_units;
-        const int64_t o = task / in_groups * out_group, outs = std::min(out_group, out - o);
-        const int64_t i = task % in_groups * in_group, ins = std::min(in_group, in - i);
-        if (first == 0) std::memset(sum, 0, task_units * sizeof(float));
-        for (int64_t place = 0; place < places; place++) {
-          for (int64_t p = 0; p < ins; p += panel) {
-            for (int64_t t = 0; t < count; t += kOuterTiles) {
-              OuterTile tile{};
-              tile.b = inputs.data() + place * x_place + (i + p) / panel * x_panel + t * panel;
-              tile.images = tile.rows = 1, tile.pixels = std::min(kOuterTiles, count - t), tile.chunk = 32;
-              tile.a_pixel = out_pitch, tile.b_pixel = panel;
-              tile.c_row = in_group;
-              tile.columns = std::min(panel, ins - p);
-              tile.a = gradients.data() + place * dy_place + task / in_groups * dy_panel + t * out_pitch;
-              tile.c = sum + place * out_group * in_group + p;
-              tile.channels = outs;
-              kernels.outer(tile);
-            }
-          }
-        }
-        for (int64_t row = 0; last && row < outs; row++) {
-          float* taps[9];
-          for (int t = 0; t < 9; t++) {
-            taps[t] = dweight.data + (o + row) * dweight.out + t / 3 * dweight.h + t % 3 * dweight.w + i;
-          }
-          winograd->add_weight_grad(taps, sum + row * in_group, out_group * in_group, ins);
-        }
-      }
-    });
-  }
+  const Tiles tiles{winograd->outputs, batch, h.outputs, w.outputs};
+  const auto [out_parts, tile_parts] = divide(tiles.count(), out, kernels.max_rows);
+  const int64_t parts = out_parts * tile_parts;
+  const PartialSums sums(tile_parts, h.kernel, w.kernel, out, in, dweight);
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const Range channels = Range{0, out}.part(i % out_parts, out_parts);
+      GradientSum sum(kernels, *winograd, tiles, h, w, dy, channels, x, in, sums.of(i / out_parts, channels));
+      sum.add(Range{0, tiles.count()}.part(i / out_parts, tile_parts), parts);
+    }
+  });
+  sums.add();
   return true;
 }
 
