@@ -91,6 +91,33 @@ def differentiable(op: torch._ops.OpOverload, setup_context: Callable, backward:
     return call
 
 
+def differentiable_into_buffer(op: torch._ops.OpOverload, setup_context: Callable, gradients: Callable) -> Callable:
+    """An operator whose weight's gradient is added to a buffer; autograd then gets none for it.
+
+    gradients(ctx, dy, weight_grad) returns those of all arguments, None for the weight's, which it adds to weight_grad.
+
+    Returns:
+        call(*args, weight_grad), args being the operator's: positional, complete, and cast already inside autocast.
+    """
+
+    class IntoBuffer(torch.autograd.Function):
+        @staticmethod
+        @below_autograd
+        def forward(ctx, *args):
+            *inputs, ctx.weight_grad = args
+            output = op(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        @below_autograd
+        def backward(ctx, dy, *_):
+            return *gradients(ctx, dy, ctx.weight_grad), None
+
+    return IntoBuffer.apply
+
+
 def differentiable_once(*ops: torch._ops.OpOverload) -> None:
     """Make backward operators refuse to be differentiated, instead of returning silently wrong second derivatives."""
 

@@ -7,8 +7,8 @@
 
 namespace gradaug::cpu {
 
-// Floats, not initialised, aligned to a cache line. Large blocks are in huge pages, and are kept when they are freed, up
-// to a limit, to be used again: the C library returns them to the system, which needs as long to provide and clear
+// Floats, not initialised, aligned to a cache line. Large blocks are in huge pages, and are kept when they are freed,
+// up to a limit, to be used again: the C library returns them to the system, which needs as long to provide and clear
 // their pages as a convolution needs to fill them.
 class Buffer {
  public:

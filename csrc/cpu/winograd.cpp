@@ -302,8 +302,8 @@ class GradientSum {
     for (int64_t t = tiles.begin; t < tiles.end; t++, inputs += kernels_.panel, gradients += out_pitch_) {
       const int64_t image = tiles_.image(t), row = tiles_.row(t), column = tiles_.column(t);
       const void* pixels[kMaxInputs];
-      pixels_of(x_, image, row - h_.padding, column - w_.padding, h_.inputs, w_.inputs, winograd_.inputs,
-                zeros_.data(), pixels);
+      pixels_of(x_, image, row - h_.padding, column - w_.padding, h_.inputs, w_.inputs, winograd_.inputs, zeros_.data(),
+                pixels);
       winograd_.input_tile(inputs, x_place_, kernels_.panel, x_panel_, pixels, x_.dtype, in_);
       pixels_of(dy_, image, row, column, h_.outputs, w_.outputs, m, zeros_.data(), pixels);
       for (int64_t og = 0; og < out_groups(); og++) {

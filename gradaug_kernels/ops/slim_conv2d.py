@@ -19,9 +19,8 @@ without full-size temporaries.
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
-from torch.autograd.function import once_differentiable
 
-from .._library import autocast_rule, below_autograd, define, differentiable, differentiable_once
+from .._library import autocast_rule, define, differentiable, differentiable_into_buffer, differentiable_once
 from ._common import bias_grad, check_gradient_buffer, check_same_dtype_and_device, in_autocast
 
 
@@ -169,45 +168,28 @@ def _setup_context(ctx, inputs, output):
     ctx.bias_size = None if bias is None else bias.shape[0]
 
 
-def _backward(ctx, dy):
+def _gradients(ctx, dy, weight_grad):
+    """The gradients of all inputs of the operator; that of weight is added to weight_grad, if that is a buffer."""
     x, weight = ctx.saved_tensors
     dx = dweight = dbias = None
     if ctx.needs_input_grad[0]:
         dx = _slim_conv2d_input_grad(dy, weight, x.shape, *ctx.geometry)
-    if ctx.needs_input_grad[1]:
+    if ctx.needs_input_grad[1] and weight_grad is None:
         dweight = _slim_conv2d_weight_grad(dy, x, weight, *ctx.geometry)
+    elif ctx.needs_input_grad[1]:
+        _slim_conv2d_weight_grad_(dy, x, weight_grad, *ctx.geometry)
     if ctx.needs_input_grad[2]:
         dbias = bias_grad(dy, 1, ctx.bias_size)
     return dx, dweight, dbias, None, None, None, None, None
 
 
+def _backward(ctx, dy):
+    return _gradients(ctx, dy, None)
+
+
 _apply = differentiable(_slim_conv2d, _setup_context, _backward)
+_apply_into_buffer = differentiable_into_buffer(_slim_conv2d, _setup_context, _gradients)
 differentiable_once(_slim_conv2d_input_grad, _slim_conv2d_weight_grad)
-
-
-class _IntoBuffer(torch.autograd.Function):
-    """The operator for a weight whose gradient is added to a buffer; autograd then gets none for it."""
-
-    @staticmethod
-    @below_autograd
-    def forward(ctx, x, weight, bias, weight_grad, out_channels, *geometry):
-        _setup_context(ctx, (x, weight, bias, out_channels, *geometry), None)
-        ctx.weight_grad = weight_grad
-        return _slim_conv2d(x, weight, bias, out_channels, *geometry)
-
-    @staticmethod
-    @once_differentiable
-    @below_autograd
-    def backward(ctx, dy):
-        return _backward_into_buffer(ctx, dy)
-
-
-def _backward_into_buffer(ctx, dy):
-    x, weight = ctx.saved_tensors
-    dx = _slim_conv2d_input_grad(dy, weight, x.shape, *ctx.geometry) if ctx.needs_input_grad[0] else None
-    _slim_conv2d_weight_grad_(dy, x, ctx.weight_grad, *ctx.geometry)
-    dbias = bias_grad(dy, 1, ctx.bias_size) if ctx.needs_input_grad[2] else None
-    return dx, None, dbias, None, None, None, None, None, None
 
 
 @autocast_rule(_slim_conv2d)
@@ -259,5 +241,5 @@ def slim_conv2d(
     if in_autocast(x):
         x, weight, bias = _autocast(torch.get_autocast_dtype(x.device.type), x, weight, bias)
     if weight_grad is not None:
-        return _IntoBuffer.apply(x, weight, bias, weight_grad, out_channels, *geometry)
+        return _apply_into_buffer(x, weight, bias, out_channels, *geometry, weight_grad)
     return _apply(x, weight, bias, out_channels, *geometry)

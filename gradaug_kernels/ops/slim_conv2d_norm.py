@@ -15,9 +15,8 @@ convolution to many channels, such as the last of a bottleneck block, whose c is
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .._library import autocast_rule, below_autograd, define, differentiable, differentiable_once
+from .._library import autocast_rule, define, differentiable, differentiable_into_buffer, differentiable_once
 from ._common import check_gradient_buffer, in_autocast
 from .slim_batch_norm import _full_width, _slim_batch_norm, _slim_batch_norm_backward, check_slim_batch_norm
 from .slim_conv2d import _fake as _conv_fake
@@ -213,25 +212,8 @@ def _backward(ctx, dy, *_):
 
 
 _apply = differentiable(_slim_conv2d_norm, _setup_context, _backward)
+_apply_into_buffer = differentiable_into_buffer(_slim_conv2d_norm, _setup_context, _gradients)
 differentiable_once(_slim_conv2d_norm_backward)
-
-
-class _IntoBuffer(torch.autograd.Function):
-    """The operator for a weight whose gradient is added to a buffer; autograd then gets none for it."""
-
-    @staticmethod
-    @below_autograd
-    def forward(ctx, *arguments):
-        *inputs, ctx.weight_grad = arguments
-        output = _slim_conv2d_norm(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    @below_autograd
-    def backward(ctx, dy, *_):
-        return *_gradients(ctx, dy, ctx.weight_grad), None
 
 
 @autocast_rule(_slim_conv2d_norm)
@@ -301,4 +283,4 @@ def slim_conv2d_norm(
     if weight_grad is None:
         return _apply(*arguments)
     check_gradient_buffer(weight_grad, weight)
-    return _IntoBuffer.apply(*arguments, weight_grad)
+    return _apply_into_buffer(*arguments, weight_grad)

@@ -14,9 +14,8 @@ that slice to a buffer instead.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .._library import autocast_rule, below_autograd, define, differentiable, differentiable_once
+from .._library import autocast_rule, define, differentiable, differentiable_into_buffer, differentiable_once
 from ._common import bias_grad, check_gradient_buffer, check_same_dtype_and_device, in_autocast
 
 
@@ -111,41 +110,28 @@ def _setup_context(ctx, inputs, output):
     ctx.bias_size = None if bias is None else bias.shape[0]
 
 
-def _backward(ctx, dy):
+def _gradients(ctx, dy, weight_grad):
+    """The gradients of all inputs of the operator; that of weight is added to weight_grad, if that is a buffer."""
     x, weight = ctx.saved_tensors
     dx = dweight = dbias = None
     if ctx.needs_input_grad[0]:
         dx = _slim_linear_input_grad(dy, weight, x.shape[-1])
-    if ctx.needs_input_grad[1]:
+    if ctx.needs_input_grad[1] and weight_grad is None:
         dweight = _slim_linear_weight_grad(dy, x, weight)
+    elif ctx.needs_input_grad[1]:
+        _slim_linear_weight_grad_(dy, x, weight_grad)
     if ctx.needs_input_grad[2]:
         dbias = bias_grad(dy, -1, ctx.bias_size)
     return dx, dweight, dbias, None
 
 
+def _backward(ctx, dy):
+    return _gradients(ctx, dy, None)
+
+
 _apply = differentiable(_slim_linear, _setup_context, _backward)
+_apply_into_buffer = differentiable_into_buffer(_slim_linear, _setup_context, _gradients)
 differentiable_once(_slim_linear_input_grad, _slim_linear_weight_grad)
-
-
-class _IntoBuffer(torch.autograd.Function):
-    """The operator for a weight whose gradient is added to a buffer; autograd then gets none for it."""
-
-    @staticmethod
-    @below_autograd
-    def forward(ctx, x, weight, bias, weight_grad, out_features):
-        _setup_context(ctx, (x, weight, bias, out_features), None)
-        ctx.weight_grad = weight_grad
-        return _slim_linear(x, weight, bias, out_features)
-
-    @staticmethod
-    @once_differentiable
-    @below_autograd
-    def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        dx = _slim_linear_input_grad(dy, weight, x.shape[-1]) if ctx.needs_input_grad[0] else None
-        _slim_linear_weight_grad_(dy, x, ctx.weight_grad)
-        dbias = bias_grad(dy, -1, ctx.bias_size) if ctx.needs_input_grad[2] else None
-        return dx, None, dbias, None, None
 
 
 @autocast_rule(_slim_linear)
@@ -186,5 +172,5 @@ def slim_linear(
     if in_autocast(x):
         x, weight, bias, _ = _autocast(torch.get_autocast_dtype(x.device.type), x, weight, bias, out_features)
     if weight_grad is not None:
-        return _IntoBuffer.apply(x, weight, bias, weight_grad, out_features)
+        return _apply_into_buffer(x, weight, bias, out_features, weight_grad)
     return _apply(x, weight, bias, out_features)

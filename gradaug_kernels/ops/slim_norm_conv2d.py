@@ -23,9 +23,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .._library import autocast_rule, below_autograd, define, differentiable, differentiable_once
+from .._library import autocast_rule, define, differentiable, differentiable_into_buffer, differentiable_once
 from ._common import bias_grad, check_gradient_buffer, in_autocast
 from .slim_batch_norm import (
     _slim_batch_norm,
@@ -34,9 +33,9 @@ from .slim_batch_norm import (
     check_slim_batch_norm,
 )
 from .slim_conv2d import _autocast as _conv_autocast
-from .slim_conv2d import _backward as _conv_backward
+from .slim_conv2d import _fake as _conv_fake
+from .slim_conv2d import _gradients as _conv_gradients
 from .slim_conv2d import (
-    _backward_into_buffer,
     _memory_format,
     _out_channels_and_geometry,
     _slim_conv2d,
@@ -44,7 +43,6 @@ from .slim_conv2d import (
     _slim_conv2d_weight_grad_,
     check_slim_conv2d,
 )
-from .slim_conv2d import _fake as _conv_fake
 from .slim_conv2d import _setup_context as _conv_setup_context
 
 NORM = "Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, bool batch_stats, bool relu, float eps"
@@ -118,30 +116,19 @@ def _conv2d_statistics_setup(ctx, inputs, output):
     _conv_setup_context(ctx, inputs, output[0])
 
 
+def _conv2d_statistics_gradients(ctx, dy, weight_grad):
+    return (None,) * 8 if dy is None else _conv_gradients(ctx, dy, weight_grad)
+
+
 def _conv2d_statistics_backward(ctx, dy, *_):
-    return (None,) * 8 if dy is None else _conv_backward(ctx, dy)
+    return _conv2d_statistics_gradients(ctx, dy, None)
 
 
 _apply_statistics = differentiable(_slim_conv2d_statistics, _conv2d_statistics_setup, _conv2d_statistics_backward)
+_apply_statistics_into_buffer = differentiable_into_buffer(
+    _slim_conv2d_statistics, _conv2d_statistics_setup, _conv2d_statistics_gradients
+)
 autocast_rule(_slim_conv2d_statistics)(_conv_autocast)
-
-
-class _StatisticsIntoBuffer(torch.autograd.Function):
-    """The operator for a weight whose gradient is added to a buffer; autograd then gets none for it."""
-
-    @staticmethod
-    @below_autograd
-    def forward(ctx, x, weight, bias, weight_grad, out_channels, *geometry):
-        output = _slim_conv2d_statistics(x, weight, bias, out_channels, *geometry)
-        _conv2d_statistics_setup(ctx, (x, weight, bias, out_channels, *geometry), output)
-        ctx.weight_grad = weight_grad
-        return output
-
-    @staticmethod
-    @once_differentiable
-    @below_autograd
-    def backward(ctx, dy, *_):
-        return (None,) * 9 if dy is None else _backward_into_buffer(ctx, dy)
 
 
 # ---- norm and convolution: schema, reference, fake
@@ -283,25 +270,8 @@ def _backward(ctx, dy, *_):
 
 
 _apply = differentiable(_slim_norm_conv2d, _setup_context, _backward)
+_apply_into_buffer = differentiable_into_buffer(_slim_norm_conv2d, _setup_context, _gradients)
 differentiable_once(_slim_norm_conv2d_backward)
-
-
-class _IntoBuffer(torch.autograd.Function):
-    """The operator for a weight whose gradient is added to a buffer; autograd then gets none for it."""
-
-    @staticmethod
-    @below_autograd
-    def forward(ctx, *arguments):
-        *inputs, ctx.weight_grad = arguments
-        output = _slim_norm_conv2d(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    @below_autograd
-    def backward(ctx, dy, *_):
-        return *_gradients(ctx, dy, ctx.weight_grad), None
 
 
 @autocast_rule(_slim_norm_conv2d)
@@ -379,7 +349,7 @@ def slim_norm_conv2d(
         check_gradient_buffer(weight_grad, weight)
     if in_autocast(x):
         arguments = _autocast(torch.get_autocast_dtype(x.device.type), *arguments)
-    output = _apply(*arguments) if weight_grad is None else _IntoBuffer.apply(*arguments, weight_grad)
+    output = _apply(*arguments) if weight_grad is None else _apply_into_buffer(*arguments, weight_grad)
     return NormConv(*output[:3], *(output[3:] if statistics else (None, None)))
 
 
@@ -406,4 +376,4 @@ def slim_conv2d_statistics(
         x, weight, bias = _conv_autocast(torch.get_autocast_dtype(x.device.type), x, weight, bias)
     if weight_grad is None:
         return _apply_statistics(x, weight, bias, out_channels, *geometry)
-    return _StatisticsIntoBuffer.apply(x, weight, bias, weight_grad, out_channels, *geometry)
+    return _apply_statistics_into_buffer(x, weight, bias, out_channels, *geometry, weight_grad)
