@@ -10,7 +10,7 @@ from tqdm import tqdm
 from . import bench_slim_batch_norm, bench_slim_conv2d, bench_slim_linear
 from .cases import DTYPES, Layer, distinct_layers, network
 from .gate import Gate, check, speedups
-from .memory import peak_bytes
+from .memory import keep_freed_blocks, peak_bytes
 from .rows import Row, Table, make_row, speedup_cells
 from .timing import Workload, interleave, quantiles, seconds
 
@@ -109,6 +109,7 @@ def run_layers(
     repeats: int,
     device: torch.device,
 ) -> list[Row]:
+    keep_freed_blocks()
     cases = [
         (model, layer, layer8)
         for model in models
