@@ -5,7 +5,7 @@ import torch
 
 from .cases import DTYPES, distinct_layers, network
 from .layers import BENCHES, gate_layer, make_layer_run
-from .memory import peak_bytes
+from .memory import keep_freed_blocks, peak_bytes
 from .options import add_options
 from .timing import synchronize
 
@@ -18,6 +18,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     torch.set_num_threads(config.getoption("threads"))
+    keep_freed_blocks()
 
 
 def pytest_generate_tests(metafunc):
