@@ -1,8 +1,8 @@
 """`python -m benchmarks memory`: the peak of one GradAug step.
 
 It is counted above what is there between steps: weights, gradients, optimizer state, the batch, and the buffers that
-our CPU kernels keep, at most 64 MB, which belong to ours all the same. peak_mb is what torch's allocator handed out (memory.peak_bytes), resident_mb what
-the whole CPU process took (resident_peak_bytes).
+our CPU kernels keep, at most 64 MB, which belong to ours all the same. peak_mb is what torch's allocator handed out
+(memory.peak_bytes), resident_mb what the whole CPU process took (resident_peak_bytes).
 """
 
 from collections.abc import Sequence
