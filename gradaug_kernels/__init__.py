@@ -20,7 +20,7 @@ from .ops import (
     slim_linear,
     slim_norm_conv2d,
 )
-from .sampler import RandomDepth, RandomLayerWidth, RandomWidth, Sampler
+from .sampler import RandomChannels, RandomDepth, RandomLayerWidth, RandomWidth, Sampler
 from .subnet import calibrate
 from .width import round_channels, set_width, use_width
 
@@ -30,6 +30,7 @@ __all__ = [
     "AccumulateIntoGrad",
     "FastSlimConv2d",
     "GradAug",
+    "RandomChannels",
     "RandomDepth",
     "RandomLayerWidth",
     "RandomWidth",

@@ -80,7 +80,8 @@ class _Norm(NamedTuple):
 
     def arguments(self) -> dict:
         """Those of slim_norm_conv2d."""
-        options = {"gamma": self.layer.weight, "beta": self.layer.bias, "eps": self.layer.eps, "relu": self.relu}
+        gamma, beta = self.layer._affine()
+        options = {"gamma": gamma, "beta": beta, "eps": self.layer.eps, "relu": self.relu}
         return {**options, "mean": self.mean, "var": self.var, "batch_stats": self.of_batch}
 
     def record(self, shape: torch.Size, mean: Tensor, var: Tensor) -> None:
@@ -92,7 +93,7 @@ class _Norm(NamedTuple):
         fits = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
         if self.mean is None or not self.of_batch or not fits:
             return layer(x, residual, self.relu)
-        norm = (layer.weight, layer.bias, self.mean, self.var, residual, self.relu, layer.eps)
+        norm = (*layer._affine(), self.mean, self.var, residual, self.relu, layer.eps)
         y, mean, var = slim_batch_norm(x, *norm, batch_stats=True)
         self.record(x.shape, mean, var)
         return y
@@ -139,12 +140,13 @@ def _convolve_and_normalise(x, layer: FastSlimConv2d, norm: _Norm | None, last: 
     shape = _result_shape(layer, x)
     last._check(shape)
     out_mean, out_var = last._given_statistics(shape[1], x.dtype)
+    out_gamma, out_beta = last._affine()
     y, batch_mean, batch_var, mean, var = slim_conv2d_norm(
         x,
         *arguments,
         normalise=norm is not None,
         **({} if norm is None else norm.arguments()),
-        **{"out_gamma": last.weight, "out_beta": last.bias, "out_mean": out_mean, "out_var": out_var},
+        **{"out_gamma": out_gamma, "out_beta": out_beta, "out_mean": out_mean, "out_var": out_var},
         **{"residual": residual, "out_relu": relu, "out_eps": last.eps, "weight_grad": weight_grad},
     )
     if norm is not None:

@@ -6,11 +6,25 @@ form one class, joined by union-find; only a convolution or a linear layer start
 
 import math
 import operator
+from typing import NamedTuple
 
 import torch
 from torch import fx, nn
 
 Layers = dict[str, nn.Module]  # convolutions, linear layers and batch norms by their names
+
+
+class ChannelClass(NamedTuple):
+    """Channels that several layers share, and keep together in a sub-network.
+
+    Layers of one class may have different numbers of channels, where those of one are padded with zeros for another:
+    channel c of the one is channel c of the other.
+    """
+
+    layers: list[str]  # those with these output channels, in the order of the graph
+    readers: dict[str, int]  # those that mix these channels -> features per channel, above 1 for flattened images
+    unit: int  # channels side by side that are kept or left out together: a group of a grouped convolution
+
 
 # Calls that place channels side by side or apart: the first channels of the result are not those of each operand.
 _REARRANGING = (torch.cat, torch.concat, torch.stack, torch.split, torch.chunk, torch.unbind)
@@ -74,11 +88,11 @@ def divisors(graph: fx.Graph, layers: Layers) -> dict[str, int]:
     return {node.target: multiple[find(node)] for node in graph.nodes if _mixes_channels(node, layers)}
 
 
-def shared_channels(model: nn.Module) -> list[list[str]]:
-    """The names of the layers of each class, in the order of the graph.
+def channel_classes(model: nn.Module) -> list[ChannelClass]:
+    """The classes of the channels of `model`, in the order of the graph.
 
-    The layers of a class keep the same channels in every sub-network, so they must have the same width; those of two
-    classes need not. The two sides of a grouped convolution are one class.
+    The layers of a class have the same width in every sub-network; those of two classes need not. The two sides of a
+    grouped convolution are one class. The channels of the images are none.
 
     Raises:
         ValueError: for a model that torch.fx cannot trace.
@@ -86,7 +100,8 @@ def shared_channels(model: nn.Module) -> list[list[str]]:
     graph, layers = trace(model), sliced_layers(model)
     if graph is None:
         raise ValueError(
-            f"widths per layer need a model that torch.fx can trace, got {type(model).__name__}, which it cannot"
+            "widths per layer and random channels need a model that torch.fx can trace, got "
+            f"{type(model).__name__}, which it cannot"
         )
     find, join = _classes(graph, layers)
     nodes = [node for node in graph.nodes if node.op == "call_module" and node.target in layers]
@@ -95,10 +110,44 @@ def shared_channels(model: nn.Module) -> list[list[str]]:
         if getattr(layers[node.target], "groups", 1) > 1:
             join(node.all_input_nodes[0], node)
         join(first_call.setdefault(node.target, node), node)  # a layer that is called twice
-    classes = {}
+        join(first_call[node.target].all_input_nodes[0], node.all_input_nodes[0])
+    sizes = _sizes(graph, layers)
+    classes: dict[fx.Node, ChannelClass] = {}
     for name, node in first_call.items():
-        classes.setdefault(find(node), []).append(name)
-    return list(classes.values())
+        classes.setdefault(find(node), ChannelClass([], {}, 1)).layers.append(name)
+    for name, node in first_call.items():
+        source, layer = node.all_input_nodes[0], layers[name]
+        if find(source) in classes and _mixes_channels(node, layers):
+            features = channels_in(layer) // sizes[source] if isinstance(layer, nn.Linear) else 1
+            classes[find(source)].readers[name] = features
+    return [found._replace(unit=_unit(found, layers)) for found in classes.values()]
+
+
+def _sizes(graph: fx.Graph, layers: Layers) -> dict[fx.Node, int]:
+    """The channels of each value at full width, before it is flattened; 0 where no layer tells."""
+    sizes: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        made_by_layer = node.op == "call_module" and node.target in layers
+        operands = (sizes[operand] for operand in node.all_input_nodes)
+        sizes[node] = channels_out(layers[node.target]) if made_by_layer else max(operands, default=0)
+    return sizes
+
+
+def _unit(found: ChannelClass, layers: Layers) -> int:
+    grouped = (layers[name] for name in found.layers if getattr(layers[name], "groups", 1) > 1)
+    return math.lcm(*(layer.out_channels // layer.groups for layer in grouped))
+
+
+def channels_out(layer: nn.Module) -> int:
+    """The channels or features of the layer's output at full width."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.out_channels
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.num_features
+
+
+def channels_in(layer: nn.Conv2d | nn.Linear) -> int:
+    """The channels or features of the layer's input at full width."""
+    return layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
 
 
 def _classes(graph, layers):

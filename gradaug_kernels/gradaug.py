@@ -59,7 +59,8 @@ class GradAug:
         optimizer: over the parameters of model.
         num_subnets: sub-networks per step, the one of min_width included; 0 is plain training.
         min_width: alpha in (0, 1], the smallest width, of the default sampler.
-        sampler: draws the sub-networks: RandomLayerWidth(...), RandomDepth(...); None is RandomWidth(min_width).
+        sampler: draws the sub-networks: RandomLayerWidth(...), RandomChannels(...), RandomDepth(...); None is
+            RandomWidth(min_width).
         resolutions: sizes in pixels, one drawn for each sub-network, to which the square batch is resized
             (bilinear, align_corners); the published settings list the full one too. None leaves the batch as it is.
         transforms: callables from a batch of images [N, C, H, W] to one, one drawn for each sub-network and applied

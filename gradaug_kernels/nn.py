@@ -1,13 +1,15 @@
 """Layers of adjustable width. At width 1 each is its torch.nn namesake: same arguments, parameters and state_dict.
 
 A sub-network of width w is the first channels of every layer. The number of input channels is read off the input, so
-only the number of output channels depends on the width (`round_channels`). `set_width(model, w)` sets it.
+only the number of output channels depends on the width (`round_channels`). `set_width(model, w)` sets it. `_keep`
+chooses other channels than the first, until the next width is set; the number of them is that of the indices.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .gather import gather_weight
 from .ops import slim_batch_norm, slim_conv2d, slim_linear
 from .width import check_width, round_channels
 
@@ -18,6 +20,19 @@ def _number(n: int) -> Tensor:
     As an integer attribute it would be a constant of the compiled graph, and every new width would compile again.
     """
     return torch.empty(1).expand(n)
+
+
+def _parameters(layer: "FastSlimConv2d | SlimLinear") -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The weight and bias whose first channels are those of the sub-network, and the buffer for the weight's gradient.
+
+    That buffer is None where autograd carries the gradient.
+    """
+    weight, weight_grad = layer._accumulating or (layer.weight, None)
+    if layer._kept is None:
+        return weight, layer.bias, weight_grad
+    outputs, inputs = layer._kept
+    bias = layer.bias if layer.bias is None or outputs is None else layer.bias[outputs]
+    return gather_weight(weight, outputs, inputs, weight_grad), bias, None
 
 
 class FastSlimConv2d(nn.Conv2d):
@@ -59,7 +74,16 @@ class FastSlimConv2d(nn.Conv2d):
 
     def _set_width(self, width: float) -> None:
         out = round_channels(self.out_channels, width, self.divisor) if self.slim_out else self.out_channels
-        self._slim_width, self._is_full, self._out = width, width == 1.0, _number(out)
+        self._slim_width, self._is_full, self._out, self._kept = width, width == 1.0, _number(out), None
+
+    def _keep(self, outputs: Tensor | None, inputs: Tensor | None) -> None:
+        """Compute these channels from those, int64 [out] and [C] in ascending order, None being the first ones.
+
+        A grouped convolution is given whole groups, the same on both sides.
+        """
+        self._kept = (outputs, inputs if self.groups == 1 else None)
+        if outputs is not None:
+            self._out = _number(len(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         arguments, weight_grad = self._arguments(x)
@@ -68,10 +92,10 @@ class FastSlimConv2d(nn.Conv2d):
     def _arguments(self, x: Tensor) -> tuple[tuple, Tensor | None]:
         """What the operator takes after x, and the buffer for the weight's gradient, if there is one."""
         groups, out_channels = self._groups_and_out_channels(x)
-        weight, weight_grad = self._accumulating or (self.weight, None)
+        weight, bias, weight_grad = _parameters(self)
         pads = self._reversed_padding_repeated_twice
         padding = (pads[2], pads[0]) if self._explicit_padding is None else (0, 0)
-        return (weight, self.bias, out_channels, self.stride, padding, self.dilation, groups), weight_grad
+        return (weight, bias, out_channels, self.stride, padding, self.dilation, groups), weight_grad
 
     def _padded(self, x: Tensor) -> Tensor:
         """x, with the padding that the operator cannot express."""
@@ -128,14 +152,20 @@ class SlimLinear(nn.Linear):
 
     def _set_width(self, width: float) -> None:
         out = round_channels(self.out_features, width, self.divisor) if self.slim_out else self.out_features
-        self._slim_width, self._is_full, self._out = width, width == 1.0, _number(out)
+        self._slim_width, self._is_full, self._out, self._kept = width, width == 1.0, _number(out), None
+
+    def _keep(self, outputs: Tensor | None, inputs: Tensor | None) -> None:
+        """Compute these features from those, int64 [out] and [F] in ascending order, None being the first ones."""
+        self._kept = (outputs, inputs)
+        if outputs is not None:
+            self._out = _number(len(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         if self._is_full and x.shape[-1] != self.in_features:
             raise ValueError(f"input must have {self.in_features} features at width 1, got {x.shape[-1]}")
         out_features = self._out.shape[0]
-        weight, weight_grad = self._accumulating or (self.weight, None)
-        return slim_linear(x, weight, self.bias, out_features, weight_grad)
+        weight, bias, weight_grad = _parameters(self)
+        return slim_linear(x, weight, bias, out_features, weight_grad)
 
     def extra_repr(self) -> str:
         slim = f", divisor={self.divisor}" if self.divisor != 1 else ""
@@ -175,8 +205,18 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
             self.add_width(width)
 
     def _set_width(self, width: float) -> None:
-        self._slim_width, self._is_full = width, width == 1.0
+        self._slim_width, self._is_full, self._kept = width, width == 1.0, None
         self._statistics = self._names.get(width) if self.track_running_stats else None
+
+    def _keep(self, channels: Tensor | None) -> None:
+        """Scale and shift by the parameters of these channels, int64 [C] in ascending order, None being the first."""
+        self._kept = channels
+
+    def _affine(self) -> tuple[Tensor | None, Tensor | None]:
+        """gamma and beta, whose first channels are those of the sub-network; None and None without them."""
+        if self._kept is None or not self.affine:
+            return self.weight, self.bias
+        return self.weight[self._kept], self.bias[self._kept]
 
     @property
     def widths(self) -> tuple[float, ...]:
@@ -204,7 +244,7 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
             return y.relu() if relu else y
         self._check(x.shape)
         mean, var = self._given_statistics(x.shape[1], x.dtype)
-        y, batch_mean, batch_var = slim_batch_norm(x, self.weight, self.bias, mean, var, residual, relu, self.eps)
+        y, batch_mean, batch_var = slim_batch_norm(x, *self._affine(), mean, var, residual, relu, self.eps)
         if mean is None:
             self._record(x.shape, batch_mean, batch_var)
         return y

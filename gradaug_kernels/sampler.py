@@ -1,20 +1,20 @@
 """Which sub-networks a step trains, and how a model becomes one of them.
 
 A sampler draws sub-networks as plain values (a width, a width per class of layers, the kept blocks), so that draws can
-be recorded and repeated. Sub-networks are the first channels of each layer: the kernels read such a slice in place,
-while a random choice of channels would gather every weight anew in every pass, so none is offered.
+be recorded and repeated. Sub-networks of a width are the first channels of each layer, which the kernels read in place;
+`RandomChannels` chooses others.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .channels import shared_channels
-from .nn import SlimBatchNorm2d
+from .channels import ChannelClass, channel_classes, channels_in, channels_out, sliced_layers
+from .nn import FastSlimConv2d, SlimBatchNorm2d, SlimLinear
 from .width import check_width, set_width, slim_modules
 
 BELOW_ONE = math.nextafter(1.0, 0.0)  # keeps all channels of a layer in a network that is not the full one
@@ -74,7 +74,7 @@ class RandomWidth:
 
 
 class RandomLayerWidth:
-    """A width of its own for every class of layers that share channels (`channels.shared_channels`).
+    """A width of its own for every class of layers that share channels (`channels.channel_classes`).
 
     Layers whose outputs are added or multiplied, and the batch norms after them, are one class. A sub-network is a
     tuple of widths, one per class in the order of the graph: of min_width throughout, and of uniform draws from
@@ -89,10 +89,9 @@ class RandomLayerWidth:
 
     def bind(self, model: nn.Module, num_subnets: int) -> None:
         set_width(model, 1.0)
-        model = getattr(model, "_orig_mod", model)  # of torch.compile
-        model = getattr(model, "module", model)  # of DistributedDataParallel
+        model = _unwrapped(model)
         modules = dict(model.named_modules())
-        self.classes = [[modules[name] for name in names] for names in shared_channels(model)]
+        self.classes = [[modules[name] for name in found.layers] for found in channel_classes(model)]
         classed = {module for layers in self.classes for module in layers}
         self.rest = [module for module in slim_modules(model) if module not in classed]  # never called
         self.statistics = _RunningStatistics(model)
@@ -113,6 +112,116 @@ class RandomLayerWidth:
                 layer._set_width(1.0 if full else min(check_width(width), BELOW_ONE))
         for layer in self.rest:
             layer._set_width(1.0 if full else min(subnet))
+
+
+class ChannelDraw(NamedTuple):
+    """A sub-network of `RandomChannels`."""
+
+    subnet: Any  # of the sampler of widths
+    seed: int  # of the choice of channels
+
+
+class RandomChannels:
+    """Random channels, in place of the first ones, of the widths that another sampler draws.
+
+    Layers that share channels (`channels.channel_classes`) keep the same ones, as many as at that width, whole groups
+    of a grouped convolution. Each pass gathers its weights and scatters their gradients, which the first channels do
+    not need. A width then stands for no single sub-network, so none has private batch-norm statistics in training:
+    sub-networks use their batch's and store nothing.
+
+    Args:
+        sampler: RandomWidth(...) or RandomLayerWidth(...).
+    """
+
+    def __init__(self, sampler: Sampler):
+        if not isinstance(sampler, RandomWidth | RandomLayerWidth):
+            raise TypeError(f"sampler must be a RandomWidth or a RandomLayerWidth, got {type(sampler).__name__}")
+        self.sampler = sampler
+
+    def bind(self, model: nn.Module, num_subnets: int) -> None:
+        self.sampler.bind(model, num_subnets)
+        model = _unwrapped(model)
+        self.layers = {name: layer for name, layer in sliced_layers(model).items() if layer.weight is not None}
+        self.classes = [
+            found._replace(layers=[name for name in found.layers if name in self.layers])
+            for found in channel_classes(model)
+        ]
+        self.statistics = _RunningStatistics(model)
+        for name, layer in self.layers.items():
+            if getattr(layer, "groups", 1) > 1 and layer.in_channels != layer.out_channels:
+                raise ValueError(
+                    "random channels need grouped convolutions with as many output as input channels, got "
+                    f"{layer.in_channels} input and {layer.out_channels} output channels ('{name}')"
+                )
+        self.select(self.draw(1, torch.Generator())[0])
+        self.select(None)
+
+    def draw(self, num_subnets: int, generator: torch.Generator) -> list[ChannelDraw]:
+        subnets = self.sampler.draw(num_subnets, generator)
+        seeds = torch.randint(2**62, (num_subnets,), generator=generator).tolist()
+        return [ChannelDraw(*drawn) for drawn in zip(subnets, seeds, strict=True)]
+
+    def select(self, subnet: ChannelDraw | None) -> None:
+        self.statistics.hold(False)
+        self.sampler.select(None if subnet is None else subnet.subnet)
+        if subnet is None:
+            return
+        self.statistics.hold(True)
+        outputs, inputs = self._choose(torch.Generator().manual_seed(subnet.seed))
+        for name in outputs.keys() | inputs.keys():
+            layer = self.layers[name]
+            if isinstance(layer, SlimBatchNorm2d):
+                layer._keep(outputs[name])
+            else:
+                layer._keep(outputs.get(name), inputs.get(name))
+
+    def _choose(self, generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The kept output and input channels of the layers that do not keep all, by their names."""
+        outputs, inputs = {}, {}
+        for found in self.classes:
+            numbers = self._numbers_of_channels(found)
+            if all(kept == channels for channels, kept in numbers.items()):
+                continue
+            chosen = _choose_nested(numbers, found.unit, generator)
+            for name in found.layers:
+                layer = self.layers[name]
+                outputs[name] = chosen[channels_out(layer)].to(layer.weight.device)
+            for name, features in found.readers.items():
+                layer = self.layers[name]
+                channels = channels_in(layer) // features
+                if channels not in chosen:
+                    raise ValueError(f"the input of '{name}' must be channels of a layer, got {channels} padded ones")
+                inputs[name] = _spread(chosen[channels], features).to(layer.weight.device)
+        return outputs, inputs
+
+    def _numbers_of_channels(self, found: ChannelClass) -> dict[int, int]:
+        """The channels that layers of the class have at full width -> those that they keep now."""
+        layers = (self.layers[name] for name in found.layers)
+        makers = (layer for layer in layers if isinstance(layer, FastSlimConv2d | SlimLinear))
+        return {channels_out(layer): layer._out.shape[0] for layer in makers if getattr(layer, "groups", 1) == 1}
+
+
+def _choose_nested(numbers: dict[int, int], unit: int, generator: torch.Generator) -> dict[int, Tensor]:
+    """`kept` of the first `channels` channels for each channels -> kept of numbers, in pieces of `unit`: int64 [kept].
+
+    Those kept of a smaller number are the first of those kept of a larger one, as padding puts them there.
+    """
+    chosen, units, before = {}, torch.empty(0, dtype=torch.int64), 0
+    for channels, kept in sorted(numbers.items()):
+        count = channels // unit
+        left_out = torch.ones(count, dtype=torch.bool)
+        left_out[units] = False
+        order = torch.randperm(count, generator=generator)
+        candidates = torch.cat((order[order >= before], order[order < before]))  # those that were not there before
+        added = candidates[left_out[candidates]][: kept // unit - len(units)]
+        units, before = torch.cat((units, added.sort().values)), count
+        chosen[channels] = _spread(units, unit)
+    return chosen
+
+
+def _spread(pieces: Tensor, size: int) -> Tensor:
+    """The elements of pieces of that size: [n] -> [n size]."""
+    return (pieces[:, None] * size + torch.arange(size)).flatten()
 
 
 class RandomDepth:
@@ -160,6 +269,11 @@ class RandomDepth:
         self.statistics.hold(subnet is not None)
         for block, kept in zip(self.blocks, subnet or (True,) * len(self.blocks), strict=True):
             block.skipped = not kept
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    return getattr(model, "module", model)  # of DistributedDataParallel
 
 
 class _RunningStatistics:

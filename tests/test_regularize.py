@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.ops import DropBlock2d, StochasticDepth
 
 import gradaug_kernels as gk
-from gradaug_kernels.channels import shared_channels
+from gradaug_kernels.channels import channel_classes
 from gradaug_kernels.models import CifarResNet, PyramidNet, WideResNet
 from gradaug_kernels.models.regularize import regularise
 from gradaug_kernels.train import run
@@ -40,7 +40,7 @@ def test_evaluation_is_that_of_the_plain_network(name):
     model = gk.convert(regularise(copy.deepcopy(plain), **options)).eval()
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
-    assert shared_channels(model), "the network is traced as before"
+    assert channel_classes(model), "the network is traced as before"
     model.train()
     for width in (1.0, 0.5):
         with gk.use_width(model, width):

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradaug_kernels as gk
-from gradaug_kernels.channels import shared_channels
+from gradaug_kernels import sampler as sampler_module
+from gradaug_kernels.channels import channel_classes
 from gradaug_kernels.models import CifarResNet, PyramidNet, WideResNet
 
 
@@ -81,11 +82,19 @@ def test_classes_of_channels():
     for stage in (1, 2, 3):
         for block in (0, 1):
             stream += [f"layer{stage}.{block}.conv2", f"layer{stage}.{block}.bn2"]
-    classes = shared_channels(model)
+    classes = [found.layers for found in channel_classes(model)]
     assert classes[0] == stream, "padding and strided slices keep channels: the shortcuts are one class"
     assert sorted(map(len, classes[1:])) == [1, *[2] * 6]
-    squeeze = [c for c in shared_channels(gk.convert(torchvision.models.mobilenet_v3_small())) if len(c) > 1]
-    assert any(name.endswith("fc2") for name in squeeze[0]), "a gate shares the channels that it multiplies"
+    squeeze = [c for c in channel_classes(gk.convert(torchvision.models.mobilenet_v3_small())) if len(c.layers) > 1]
+    assert any(name.endswith("fc2") for name in squeeze[0].layers), "a gate shares the channels that it multiplies"
+
+
+def test_readers_and_units_of_classes():
+    layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=2), nn.Flatten(), nn.Linear(72, 2))
+    classes = channel_classes(gk.convert(nn.Sequential(*layers)))
+    assert classes == [(["0", "1", "2"], {"2": 1, "4": 9}, 4), (["4"], {}, 1)]
+    stream = channel_classes(gk.convert(CifarResNet(8)))[0]
+    assert set(stream.readers) == {"layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1", "fc"}
 
 
 def test_a_width_per_layer_is_the_network_of_sliced_weights():
@@ -129,6 +138,123 @@ def test_any_widths_per_layer_run(build):
     assert all(len(set(draw.subnet)) == len(sampler.classes) for draw in losses.draws[:-1])
     assert len(statistics(model)) == before
     assert all(module._slim_width == 1 for module in model.modules() if hasattr(module, "_slim_width"))
+
+
+# ---- random channels
+
+NETWORKS = {
+    "cifar_resnet": lambda: CifarResNet(14, base_width=8, num_classes=4),
+    "wide_resnet": lambda: WideResNet(10, 1, num_classes=4),
+    "pyramidnet": lambda: PyramidNet(20, 24, num_classes=4),
+    "resnext50": lambda: torchvision.models.resnext50_32x4d(num_classes=4),
+    "mobilenet_v3": lambda: torchvision.models.mobilenet_v3_small(num_classes=4, dropout=0.0),
+    "flattened": lambda: nn.Sequential(
+        *(nn.Conv2d(3, 9, 3), nn.BatchNorm2d(9, affine=False), nn.ReLU(), nn.AdaptiveAvgPool2d(5), nn.Flatten()),
+        *(nn.Linear(225, 16), nn.ReLU(), nn.Linear(16, 4)),
+    ),
+}
+
+
+@pytest.mark.parametrize("accumulate", [True, False], ids=["accumulate", "autograd"])
+@pytest.mark.parametrize("inner", [gk.RandomWidth, gk.RandomLayerWidth])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_random_channels_are_the_full_network_without_the_others(network, inner, accumulate):
+    """A step at learning rate 1 against the full network, with the channels that were left out set to zero."""
+    torch.manual_seed(0)
+    model = gk.convert(NETWORKS[network]().double())
+    masked = copy.deepcopy(model)
+    sampler = gk.RandomChannels(inner(0.6))
+    step = gk.GradAug(
+        model,
+        torch.optim.SGD(model.parameters(), 1.0),
+        num_subnets=2,
+        sampler=sampler,
+        accumulate=accumulate,
+        subnet_loss="cross_entropy",
+    )
+    images, targets = (
+        torch.randn(3, 3, 64, 64, dtype=torch.double),
+        torch.tensor([0, 1, 2]),
+    )  # fewer pixels: 1 / std large
+    losses = step(images, targets)
+
+    layers = dict(masked.named_modules())
+    criterion, total = nn.CrossEntropyLoss(), 0
+    for draw, loss in zip((None, *losses.draws), (losses.full, *losses.subnets), strict=True):
+        handles = []
+        if draw is not None:
+            sampler.select(draw.subnet)
+            for name, kept in sampler._choose(generator(draw.subnet.seed))[0].items():
+                zeroed = _zero_all_but(kept)
+                handles.append(layers[name].register_forward_hook(lambda m, a, y, zeroed=zeroed: zeroed(y)))
+            sampler.select(None)
+            assert handles or draw is not losses.draws[-1]
+        expected = criterion(masked(images), targets)
+        torch.testing.assert_close(loss, expected.detach())
+        total = total + expected
+        for handle in handles:
+            handle.remove()
+    total.backward()
+    for (name, trained), before in zip(model.named_parameters(), masked.parameters(), strict=True):
+        torch.testing.assert_close(
+            trained.detach(), (before - before.grad).detach(), msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def _zero_all_but(kept):
+    def zeroed(y):
+        mask = torch.zeros(y.shape[1], dtype=y.dtype)
+        mask[kept] = 1
+        return y * (mask[:, None, None] if y.dim() == 4 else mask)
+
+    return zeroed
+
+
+def test_random_channels_differ_between_draws_and_repeat_with_their_seed():
+    model = gk.convert(CifarResNet(8, base_width=8))
+    sampler = gk.RandomChannels(gk.RandomWidth(0.5))
+    sampler.bind(model, 2)
+    before = statistics(model)
+    draws = sampler.draw(8, generator())
+    assert [draw.subnet for draw in draws] == sorted((draw.subnet for draw in draws), reverse=True)
+    kept = []
+    for draw in (*draws, *draws):
+        sampler.select(draw._replace(subnet=0.5))
+        kept.append(tuple(model.layer3[0].conv2._kept[0].tolist()))
+        model(torch.randn(2, 3, 16, 16))
+    assert kept[:8] == kept[8:]
+    assert len(set(kept)) == 8
+    assert {channel for channels in kept for channel in channels} == set(range(32))
+    assert_equal(statistics(model), before)
+    sampler.select(None)
+    model(torch.randn(2, 3, 16, 16))
+    assert model.bn1.num_batches_tracked == 1
+    assert model.conv1._kept is None
+
+
+def test_smaller_numbers_of_channels_are_nested():
+    """What padding with zeros makes of the kept channels of the smaller layer is the first channels of the larger."""
+    for seed in range(20):
+        chosen = sampler_module._choose_nested({16: 10, 32: 24, 36: 28}, 2, generator(seed))
+        assert {channels: len(kept) for channels, kept in chosen.items()} == {16: 10, 32: 24, 36: 28}
+        for smaller, larger in ((16, 32), (32, 36)):
+            assert torch.equal(chosen[larger][: len(chosen[smaller])], chosen[smaller])
+            assert max(chosen[smaller]) < smaller
+            assert chosen[larger].unique().numel() == len(chosen[larger])
+        assert torch.equal(chosen[36].view(-1, 2)[:, 0] + 1, chosen[36].view(-1, 2)[:, 1])
+
+
+def test_random_channels_in_autocast():
+    torch.manual_seed(0)
+    model = gk.convert(torchvision.models.resnet18(num_classes=4))
+    step = gk.GradAug(
+        model,
+        torch.optim.SGD(model.parameters(), 0.01),
+        sampler=gk.RandomChannels(gk.RandomWidth(0.5)),
+        autocast_dtype=torch.bfloat16,
+    )
+    losses = [step(torch.randn(4, 3, 32, 32), torch.arange(4)) for _ in range(2)]
+    assert all(loss.isfinite() for step_losses in losses for loss in step_losses.subnets)
 
 
 # ---- depth
@@ -216,6 +342,11 @@ def test_an_error_in_a_subnet_leaves_the_full_network():
         (lambda: gk.RandomWidth(0.5, (0.7,)), gk.convert(nn.Linear(4, 2)), "num_subnets must be at most 2, .* got 3"),
         (lambda: gk.RandomWidth(0.1), gk.convert(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))), "leave at least 1"),
         (lambda: gk.RandomWidth(0.1), nn.Linear(4, 2), "layers of adjustable width, got Linear without any"),
+        (
+            lambda: gk.RandomChannels(gk.RandomWidth(0.5)),
+            gk.convert(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 16, 1, groups=8), nn.Conv2d(16, 2, 1))),
+            "as many output as input channels, got 8 input and 16 output channels",
+        ),
         (lambda: gk.RandomDepth(0.0), None, r"min_survival must be in \(0, 1\], got 0"),
         (lambda: gk.RandomDepth(0.5), nn.Linear(4, 2), "random depth needs a model .* got Linear without any"),
     ],
@@ -223,6 +354,24 @@ def test_an_error_in_a_subnet_leaves_the_full_network():
 def test_bad_settings(sampler, model, message):
     with pytest.raises(ValueError, match=message):
         sampler().bind(model, 3)
+
+
+def test_random_channels_need_a_sampler_of_widths():
+    with pytest.raises(TypeError, match="must be a RandomWidth or a RandomLayerWidth, got RandomDepth"):
+        gk.RandomChannels(gk.RandomDepth())
+
+
+def test_padded_channels_are_not_those_of_a_layer():
+    class Padding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(12, 2, 1)
+
+        def forward(self, x):
+            return self.b(F.pad(self.a(x), (0, 0, 0, 0, 0, 4)))
+
+    with pytest.raises(ValueError, match="the input of 'b' must be channels of a layer, got 12 padded ones"):
+        gk.RandomChannels(gk.RandomWidth(0.5)).bind(gk.convert(Padding()), 2)
 
 
 def test_widths_per_layer_need_a_graph():

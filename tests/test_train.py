@@ -2,6 +2,7 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import tomllib
 
@@ -192,6 +193,17 @@ def test_plain_training_bf16_and_held_out_images(command, no_curves, tmp_path):
     assert [name for name in header if name.startswith("loss")] == ["loss_full"]
     assert math.isfinite(float(row[header.index("loss_full")]))
     assert json.loads((out / "summary.json").read_text())["evaluated_on"] == "held-out"
+
+
+@pytest.mark.parametrize("sampler", ["width", "layer_width"])
+def test_random_channels_by_name(command, no_curves, tmp_path, sampler):
+    weights = {}
+    for channels in ("first", "random"):
+        settings = (f"gradaug.sampler={sampler}", f"gradaug.channels={channels}", "gradaug.min_width=0.5")
+        words = (word for text in settings for word in ("--set", text))
+        assert command("--out", tmp_path / channels, "--epochs", 1, *words)[0] == 0
+        weights[channels] = checkpoint(tmp_path / channels)["model"]["layer1.0.conv1.weight"]
+    assert not torch.equal(weights["first"], weights["random"])
 
 
 # ---- stopping and going on
@@ -430,6 +442,7 @@ def test_bad_commands(arguments, message, capsys, tmp_path, monkeypatch):
         ("gradaug.resolutions=[32, 0]", "gradaug.resolutions must be sizes of at least 1 pixel, got [32, 0]"),
         ("gradaug.min_width=0", "gradaug.min_width must be in (0, 1], got 0.0"),
         ("gradaug.min_width=0.01", "width must leave at least 1 of 4 channels (be at least 0.125), got 0.01"),
+        ("gradaug.channels=last", 'gradaug.channels must be "first" or "random", got "last"'),
         ("evaluate.widths=[0.5, 1.5]", "evaluate.widths must be widths in (0, 1], got [0.5, 1.5]"),
         ("schedule.name=step", 'schedule.milestones must be set for "step", and only for it, got []'),
         ("schedule.warmup_epochs=9", "schedule.warmup_epochs must be in [0, 3], got 9.0"),
@@ -442,6 +455,24 @@ def test_bad_settings(command, tmp_path, setting, message):
     assert status == 2
     assert error.startswith(f"gradaug: error: {message}")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"gradaug.channels": "random", "gradaug.sampler": "depth"},
+            'gradaug.channels must be "first" for the sampler "depth", got "random"',
+        ),
+        (
+            {"gradaug.channels": "random", "gradaug.private_statistics": True},
+            "gradaug.private_statistics must be false for random channels, got true",
+        ),
+    ],
+)
+def test_settings_that_exclude_each_other(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_config("quickstart", settings)
 
 
 def test_bad_preset_files(tmp_path, capsys):

@@ -88,8 +88,10 @@ def build_step(
 
 
 def _sampler(gradaug):
-    if gradaug.sampler == "layer_width":
-        return gk.RandomLayerWidth(gradaug.min_width)
     if gradaug.sampler == "depth":
         return gk.RandomDepth(gradaug.min_survival)
-    return gk.RandomWidth(gradaug.min_width, gradaug.widths)
+    if gradaug.sampler == "layer_width":
+        widths = gk.RandomLayerWidth(gradaug.min_width)
+    else:
+        widths = gk.RandomWidth(gradaug.min_width, gradaug.widths)
+    return gk.RandomChannels(widths) if gradaug.channels == "random" else widths

@@ -41,6 +41,7 @@ class GradAugConfig:
     sampler: str = "width"  # "width": one for all layers; "layer_width": one per class of layers; "depth": blocks
     min_width: float = 0.8  # of "width" and "layer_width"
     widths: tuple[float, ...] = ()  # of "width": drawn from these and min_width; empty: uniformly
+    channels: str = "first"  # of "width" and "layer_width"; "random": others in every draw
     min_survival: float = 0.8  # of "depth": the probability that the last block is kept
     private_statistics: bool = False  # batch norm's of min_width and `widths`, updated in training
     resolutions: tuple[int, ...] = ()  # pixels; empty: the images' own size
@@ -292,6 +293,11 @@ def _check_ranges(config):
     above_min = all(gradaug.min_width <= width <= 1 for width in gradaug.widths)
     require(above_min, "gradaug.widths", f"widths in [{gradaug.min_width}, 1]")
     require(not gradaug.widths or gradaug.sampler == "width", "gradaug.widths", 'empty but for the sampler "width"')
+    require(gradaug.channels in ("first", "random"), "gradaug.channels", '"first" or "random"')
+    random_channels = gradaug.channels == "random"
+    require(not random_channels or gradaug.sampler != "depth", "gradaug.channels", '"first" for the sampler "depth"')
+    private = gradaug.private_statistics
+    require(not random_channels or not private, "gradaug.private_statistics", "false for random channels")
     require(0 < gradaug.min_survival <= 1, "gradaug.min_survival", "in (0, 1]")
     known = all(name in transforms.NAMES for name in gradaug.transforms)
     require(known, "gradaug.transforms", f"of {', '.join(transforms.NAMES)}")
