@@ -3,12 +3,14 @@
 Stock autograd returns the gradient of a sliced weight as a new full-size tensor, filled with zeros around the slice,
 and adds that to `weight.grad`, in every pass; and autocast casts every slice again in every pass. Inside this
 with-block a layer's weight gradient is added to the slice of `weight.grad` by the kernel that computes it, and the
-layer computes with one low-precision copy of its weight at full width, shared by all passes and both directions.
+layer computes with one low-precision copy of its weight at full width, shared by all passes and both directions. The
+CPU's kernels can round float32 weights as they read them, and do where the model trades time for memory.
 """
 
 import torch
 from torch import nn
 
+from .fuse import saves_memory
 from .nn import FastSlimConv2d, SlimLinear
 
 
@@ -18,8 +20,9 @@ class AccumulateIntoGrad:
     Layers whose weight carries a hook, or takes no gradient, are left to autograd.
 
     Args:
-        model: with FastSlimConv2d or SlimLinear layers.
-        dtype: of the copy of the weights to compute with, inside torch.autocast; None computes with the weights.
+        model: with FastSlimConv2d or SlimLinear layers. One that was converted with recompute=True makes no copies on
+            the CPU.
+        dtype: of the copies of the weights to compute with, inside torch.autocast; None computes with the weights.
 
     Example:
         >>> accumulation = AccumulateIntoGrad(model, torch.bfloat16)
@@ -34,6 +37,8 @@ class AccumulateIntoGrad:
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None):
         self.layers = [module for module in model.modules() if isinstance(module, FastSlimConv2d | SlimLinear)]
         self.dtype = dtype
+        self.saves_memory = saves_memory(model)
+        self._active: list[nn.Module] = []
         self._copies: dict[nn.Module, torch.Tensor] = {}
 
     @torch.no_grad()
@@ -43,22 +48,25 @@ class AccumulateIntoGrad:
         for layer in active:
             if layer.weight.grad is None:
                 layer.weight.grad = torch.zeros_like(layer.weight)
-        if self.dtype is None:
-            self._copies = {layer: layer.weight for layer in active}
-            return
-        if self._copies.keys() != set(active) or any(self._copies[a].device != a.weight.device for a in active):
+        self._active = active
+        copied = [layer for layer in active if self._is_copied(layer.weight)]
+        if self._copies.keys() != set(copied) or any(self._copies[c].device != c.weight.device for c in copied):
             self._copies = {
-                layer: torch.empty_like(layer.weight, dtype=self.dtype).requires_grad_() for layer in active
+                layer: torch.empty_like(layer.weight, dtype=self.dtype).requires_grad_() for layer in copied
             }
-        if active:
+        if copied:
             torch._foreach_copy_(list(self._copies.values()), [layer.weight for layer in self._copies])
 
+    def _is_copied(self, weight: nn.Parameter) -> bool:
+        as_it_is = self.saves_memory and weight.device.type == "cpu" and weight.dtype == torch.float32
+        return self.dtype is not None and not as_it_is
+
     def __enter__(self) -> None:
-        for layer, weight in self._copies.items():
-            layer._accumulating = (weight, layer.weight.grad)
+        for layer in self._active:
+            layer._accumulating = (self._copies.get(layer, layer.weight), layer.weight.grad)
 
     def __exit__(self, *exception) -> None:
-        for layer in self._copies:
+        for layer in self._active:
             layer._accumulating = None
 
 

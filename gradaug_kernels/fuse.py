@@ -35,7 +35,8 @@ def fuse(model: nn.Module, recompute: bool = False) -> nn.Module:
     Args:
         model: a model with SlimBatchNorm2d layers; `convert` calls this on its result. Changed in place.
         recompute: where a 1x1 convolution and a batch norm end a chain, as in a bottleneck block, do not keep the
-            convolution's result, the largest tensor of the block, but compute it again in the backward pass.
+            convolution's result, the largest tensor of the block, but compute it again in the backward pass. `GradAug`
+            then makes no low-precision copies of the weights on the CPU either.
 
     Returns:
         The same model.
@@ -57,6 +58,11 @@ def fused_chains(model: nn.Module) -> dict[str, str]:
             for child, chain in module._chains.items():
                 chains[f"{name}.{child}" if name else child] = chain
     return chains
+
+
+def saves_memory(model: nn.Module) -> bool:
+    """Whether it was fused with `recompute`."""
+    return any(isinstance(module, _Fused) and module._recompute for module in model.modules())
 
 
 def _batch_norms(module: nn.Module) -> set[str]:

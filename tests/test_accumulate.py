@@ -9,11 +9,15 @@ from torch import nn
 import gradaug_kernels as gk
 
 
-@pytest.fixture
-def model():
+def network():
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3, bias=True), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.Flatten()]
-    return gk.convert(nn.Sequential(*layers, nn.Linear(6 * 36, 5))).double()
+    return nn.Sequential(*layers, nn.Linear(6 * 36, 5))
+
+
+@pytest.fixture
+def model():
+    return gk.convert(network()).double()
 
 
 def passes(model, x, context=None):
@@ -107,6 +111,21 @@ def test_low_precision_copies_follow_the_weights_and_gradients_stay_float32(mode
         twin(images).float().square().sum().backward()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert (p.grad - q.grad).norm() <= 0.02 * q.grad.norm(), "bfloat16 rounds at 2^-8"
+
+
+def test_a_recomputing_model_makes_no_copies_on_the_cpu(x):
+    images = x.detach().float()
+    gradients = []
+    for recompute in (False, True):
+        model = gk.convert(network(), recompute=recompute)
+        accumulation = gk.AccumulateIntoGrad(model, torch.bfloat16)
+        accumulation.begin_step()
+        assert len(accumulation._copies) == (0 if recompute else 3)
+        with accumulation, torch.autocast("cpu", torch.bfloat16):
+            model(images).float().square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for copied, read in zip(*gradients, strict=True):
+        assert (copied - read).norm() <= 0.02 * copied.norm(), "bfloat16 rounds at 2^-8"
 
 
 def test_second_derivatives_raise(model, x):

@@ -139,6 +139,22 @@ def test_several_blocks(case, dtype):
     check_gradients(case, dtype)
 
 
+@with_dtypes(torch.bfloat16, torch.float16)
+@with_cases([*CASES, *LARGE[::2]])
+def test_float32_parameters_are_rounded_as_they_are_read(case, dtype):
+    x, weight, bias = case.tensors(torch.float32)
+    x = x.to(dtype)
+    rounded = (weight.to(dtype), None if bias is None else bias.to(dtype))
+    y = forward(case, x, weight, bias)
+    assert y.dtype == dtype
+    assert_as_accurate(y, torch_forward(case, x, *rounded), torch_forward(case, *doubles(x, weight, bias)))
+    dy = output_gradient(case, x, rounded[0])
+    dx = input_grad(case, x, weight, dy)
+    assert dx.dtype == dtype
+    exact_dx, _ = torch_gradients(case, *doubles(x, weight, dy))
+    assert_as_accurate(dx, torch_gradients(case, x, rounded[0], dy)[0], exact_dx, gradient=True)
+
+
 @with_cases(CASES)
 def test_float64(case):
     x, weight, bias = case.tensors(torch.float64)
@@ -237,7 +253,7 @@ def test_inside_autocast(buffer_dtype):
     with torch.autocast("cpu", torch.bfloat16):
         y = forward(CASES[0], x, weight, None)
     assert y.dtype == torch.bfloat16
-    assert torch.equal(y, forward(CASES[0], x.bfloat16(), weight.bfloat16(), None))
+    assert torch.equal(y, forward(CASES[0], x.bfloat16(), weight, None))
     dy = torch.randn(y.shape)
     with torch.autocast("cpu", torch.bfloat16):
         dx = input_grad(CASES[0], x, weight, dy)
@@ -293,6 +309,11 @@ def test_other_instruction_sets(capability):
             TypeError,
             "weight must have the dtype of x, torch.float32, got torch.float64",
             {"weight": torch.zeros(8, 6, 3, 3).double()},
+        ),
+        (
+            TypeError,
+            "weight must have the dtype of x, torch.bfloat16, or be torch.float32, got torch.float16",
+            {"x": torch.zeros(1, 4, 5, 5).bfloat16(), "weight": torch.zeros(8, 6, 3, 3).half()},
         ),
         (
             TypeError,

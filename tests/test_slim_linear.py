@@ -68,6 +68,16 @@ def test_forward_is_as_accurate_as_torch(case, dtype):
     assert_as_accurate(y, torch_forward(case, x, weight, bias), torch_forward(case, *doubles(x, weight, bias)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_parameters_are_rounded(dtype):
+    for case in CASES:
+        x, weight, bias = case.tensors(torch.float32)
+        x, rounded = x.to(dtype), (weight.to(dtype), None if bias is None else bias.to(dtype))
+        assert torch.equal(forward(case, x, weight, bias), forward(case, x, *rounded))
+        dy = output_gradient(case, x)
+        assert torch.equal(input_grad(x, weight, dy), input_grad(x, rounded[0], dy))
+
+
 @all_dtypes
 @with_cases([*CASES, *LARGE])
 def test_gradients_are_as_accurate_as_torch(case, dtype):

@@ -283,8 +283,14 @@ struct Impl {
           const int64_t n = columns - j < 0 ? 0 : columns - j;
           const char* row = from + (k * S::pair * k_stride + j) * size;
           if constexpr (S::pair == 2) {
-            const auto* first = reinterpret_cast<const uint16_t*>(row);
-            S::store(dst + k * dst_columns + j, S::zip(first, 2 * k + 1 < depth ? first + k_stride : nullptr, n));
+            const auto zip = [&](const auto* first) {
+              S::store(dst + k * dst_columns + j, S::zip(first, 2 * k + 1 < depth ? first + k_stride : nullptr, n));
+            };
+            if (dtype == Dtype::f32) {
+              zip(reinterpret_cast<const float*>(row));
+            } else {
+              zip(reinterpret_cast<const uint16_t*>(row));
+            }
           } else {
             S::store(dst + k * dst_columns + j, S::load_floats(row, dtype, n));
           }
@@ -293,10 +299,10 @@ struct Impl {
     } else {
       for (int64_t k = 0; k < units; k++) {
         for (int64_t j = 0; j < dst_columns; j++) {
-          uint16_t raw[2 * S::lanes] = {};  // the unit's elements; one float fills two
+          float raw[2 * S::lanes] = {};  // holds the unit's elements, of any dtype
           for (int64_t i = 0; i < S::pair && j < columns && S::pair * k + i < depth; i++) {
             const char* element = from + ((S::pair * k + i) * k_stride + j * n_stride) * size;
-            for (int64_t byte = 0; byte < size; byte++) reinterpret_cast<char*>(raw + i)[byte] = element[byte];
+            for (int64_t byte = 0; byte < size; byte++) reinterpret_cast<char*>(raw)[i * size + byte] = element[byte];
           }
           S::store(dst + k * dst_columns + j, S::load_units(raw, dtype, S::pair), 1);
         }

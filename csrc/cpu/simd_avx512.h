@@ -106,6 +106,11 @@ struct Avx512 {
   // n elements as units, n <= 16 * pair, zeros beyond.
   static V load_units(const void* p, Dtype dtype, int64_t n) {
     if constexpr (kPairs) {
+      if (dtype == Dtype::f32) {
+        const auto* floats = static_cast<const float*>(p);
+        const V low = load(floats, n), high = n > 16 ? load(floats + 16, n - 16) : zero();
+        return reinterpret_cast<V>(_mm512_cvtne2ps_pbh(high, low));
+      }
       return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask32(n), p));
     } else {
       return load_floats(p, dtype, n);
@@ -136,6 +141,13 @@ struct Avx512 {
   static V zip(const uint16_t* first, const uint16_t* second, int64_t n) {
     const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first ? mask(n) : 0, first));
     const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second ? mask(n) : 0, second));
+    return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+
+  // v[i] = (first[i], second[i]) for n floats each, rounded to bfloat16; zeros beyond and where second is null.
+  static V zip(const float* first, const float* second, int64_t n) {
+    const __m512i low = _mm512_cvtepu16_epi32(to_bf16(load(first, n)));
+    const __m512i high = second ? _mm512_cvtepu16_epi32(to_bf16(load(second, n))) : _mm512_setzero_si512();
     return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
 

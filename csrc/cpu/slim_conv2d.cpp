@@ -90,6 +90,9 @@ GroupedWeight grouped(const Tensor& weight) {
 
 // ---- PyTorch's own convolutions, on views
 
+// A parameter in the dtype of x.
+Tensor like(const Tensor& x, const Tensor& parameter) { return parameter.to(x.scalar_type()); }
+
 // [O, I / G, KH, KW] -> [out, in / groups, KH, KW]
 Tensor slice(const Tensor& weight, int64_t out_channels, int64_t in_channels, int64_t groups) {
   return weight.narrow(0, 0, out_channels).narrow(1, 0, in_channels / groups);
@@ -129,8 +132,9 @@ Tensor slim_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Te
   }
   const Kernels* kernels = kernels_for(x, channels_adjacent(y), geometry);
   if (!kernels) {
-    const Tensor w = slice(weight, out_channels, x.size(1), groups);
-    return at::conv2d(x, w, b, stride, padding, dilation, groups).contiguous(format);
+    const Tensor w = like(x, slice(weight, out_channels, x.size(1), groups));
+    const auto bias_of_x = b ? std::optional<Tensor>(like(x, *b)) : std::nullopt;
+    return at::conv2d(x, w, bias_of_x, stride, padding, dilation, groups).contiguous(format);
   }
   const Tensor input = nhwc(x);
   const Tensor float_bias = b ? b->to(at::kFloat).contiguous() : Tensor();
@@ -159,7 +163,7 @@ Tensor slim_conv2d_input_grad(const Tensor& dy, const Tensor& weight, IntArrayRe
   }
   const Kernels* kernels = kernels_for(dy, channels_adjacent(dx), geometry);
   if (!kernels) {
-    const Tensor w_slice = slice(weight, dy.size(1), input_size[1], groups);
+    const Tensor w_slice = like(dy, slice(weight, dy.size(1), input_size[1], groups));
     // Of x only the shape and the memory format matter, which dx has.
     return std::get<0>(torch_gradients(dy, dx, w_slice, geometry, {true, false})).contiguous(format);
   }

@@ -1,5 +1,6 @@
 // Linear layer with the first features of a full-width weight: forward, input gradient, weight gradient.
 // Strided GEMMs: the weight operand's leading dimension is the full number of features, so nothing is copied.
+// float32 parameters of a low-precision x are rounded first.
 #include <ATen/ATen.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
@@ -18,14 +19,15 @@ struct NoAutocast {
 
 Tensor slim_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features) {
   NoAutocast guard;
-  const Tensor w = weight.narrow(0, 0, out_features).narrow(1, 0, x.size(-1));  // [out, F]
-  const auto b = bias ? std::optional<Tensor>(bias->narrow(0, 0, out_features)) : std::nullopt;
+  const auto dtype = x.scalar_type();
+  const Tensor w = weight.narrow(0, 0, out_features).narrow(1, 0, x.size(-1)).to(dtype);  // [out, F]
+  const auto b = bias ? std::optional<Tensor>(bias->narrow(0, 0, out_features).to(dtype)) : std::nullopt;
   return at::linear(x, w, b);
 }
 
 Tensor slim_linear_input_grad(const Tensor& dy, const Tensor& weight, int64_t in_features) {
   NoAutocast guard;
-  return at::matmul(dy, weight.narrow(0, 0, dy.size(-1)).narrow(1, 0, in_features));  // [..., F]
+  return at::matmul(dy, weight.narrow(0, 0, dy.size(-1)).narrow(1, 0, in_features).to(dy.scalar_type()));  // [..., F]
 }
 
 void slim_linear_weight_grad_(const Tensor& dy, const Tensor& x, Tensor& dweight) {

@@ -3,6 +3,15 @@
 import torch
 from torch import Tensor
 
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def autocast_parameter(dtype: torch.dtype, parameter: Tensor | None) -> Tensor | None:
+    """A weight or bias inside autocast; on the CPU float32 ones stay, as kernels round what they read."""
+    if parameter is None or (parameter.device.type == "cpu" and parameter.dtype == torch.float32):
+        return parameter
+    return parameter.to(dtype)
+
 
 def in_autocast(x: Tensor) -> bool:
     """Whether torch.autocast is on for the device of x; never for one that has no autocast, such as meta."""
@@ -11,11 +20,18 @@ def in_autocast(x: Tensor) -> bool:
 
 
 def check_same_dtype_and_device(x: Tensor, **others: Tensor | None) -> None:
-    """Raises TypeError or ValueError where a tensor differs from x; inside autocast, which casts all, dtypes may."""
+    """Raises TypeError or ValueError where a parameter does not fit x.
+
+    On the CPU float32 parameters fit a low-precision x: the kernels round what they read. Inside autocast, which casts
+    all, dtypes may differ.
+    """
+    rounded = x.device.type == "cpu" and x.dtype in LOW_PRECISION
     autocast = in_autocast(x)
     for name, tensor in others.items():
-        if tensor is not None and tensor.dtype != x.dtype and not autocast:
-            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+        fits = tensor is None or tensor.dtype == x.dtype or (rounded and tensor.dtype == torch.float32)
+        if not fits and not autocast:
+            alternative = " or be torch.float32," if rounded else ""
+            raise TypeError(f"{name} must have the dtype of x, {x.dtype},{alternative} got {tensor.dtype}")
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
 

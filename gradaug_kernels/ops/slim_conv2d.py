@@ -10,7 +10,8 @@ GradAug samples its sub-networks from.
     bias     [O] or None
     y        [N, out_channels, OH, OW], NHWC if x or weight is (torch's own rule), else NCHW
 
-float32, float64, bfloat16 and float16; x, weight and bias share one dtype; sums are at least float32.
+float32, float64, bfloat16 and float16; x, weight and bias share one dtype, but for float32 weights and biases of a
+low-precision x on the CPU, which are rounded as they are read; sums are at least float32.
 The gradient of weight has the full shape and is zero outside the slice. `slim_conv2d_weight_grad_` adds that slice to
 a buffer of any floating dtype, so that a training step can gather the gradients of many sub-networks in `weight.grad`
 without full-size temporaries.
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from .._library import autocast_rule, define, differentiable, differentiable_into_buffer, differentiable_once
-from ._common import bias_grad, check_gradient_buffer, check_same_dtype_and_device, in_autocast
+from ._common import autocast_parameter, bias_grad, check_gradient_buffer, check_same_dtype_and_device, in_autocast
 
 
 def _slice(weight: Tensor, out_channels: int, in_channels: int, groups: int) -> Tensor:
@@ -79,8 +80,8 @@ def check_slim_conv2d(x, weight, bias, out_channels, stride, padding, dilation, 
 
 
 def slim_conv2d_reference(x, weight, bias, out_channels, stride, padding, dilation, groups):
-    bias = None if bias is None else bias[:out_channels]
-    w = _slice(weight, out_channels, x.shape[1], groups)
+    bias = None if bias is None else bias[:out_channels].to(x.dtype)
+    w = _slice(weight, out_channels, x.shape[1], groups).to(x.dtype)
     y = torch.nn.functional.conv2d(x, w, bias, stride, padding, dilation, groups)
     return y.contiguous(memory_format=_memory_format(x, weight))
 
@@ -103,7 +104,7 @@ _slim_conv2d = define(
 
 
 def slim_conv2d_input_grad_reference(dy, weight, input_size, stride, padding, dilation, groups):
-    w = _slice(weight, dy.shape[1], input_size[1], groups)
+    w = _slice(weight, dy.shape[1], input_size[1], groups).to(dy.dtype)
     if dy.numel() > 0:
         dx = torch.nn.grad.conv2d_input(input_size, w, dy, stride, padding, dilation, groups)
     else:
@@ -194,7 +195,7 @@ differentiable_once(_slim_conv2d_input_grad, _slim_conv2d_weight_grad)
 
 @autocast_rule(_slim_conv2d)
 def _autocast(dtype, x, weight, bias, *geometry):
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *geometry
+    return x.to(dtype), autocast_parameter(dtype, weight), autocast_parameter(dtype, bias), *geometry
 
 
 # ---- public function
@@ -220,8 +221,8 @@ def slim_conv2d(
 
     Args:
         x: [N, C, H, W], floating point, any strides.
-        weight: [O, I / G, KH, KW], dtype of x: the full-width weight.
-        bias: [O] or None, dtype of x.
+        weight: [O, I / G, KH, KW], dtype of x, or float32 on the CPU: the full-width weight.
+        bias: [O] or None, dtype of x, or float32 on the CPU.
         out_channels: output channels of the sub-network, at most O; None is O.
         stride, padding, dilation: in pixels, one integer or (vertical, horizontal).
         groups: groups of the sub-network; divides C and out_channels.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .._library import autocast_rule, define, differentiable, differentiable_into_buffer, differentiable_once
-from ._common import check_gradient_buffer, in_autocast
+from ._common import autocast_parameter, check_gradient_buffer, in_autocast
 from .slim_batch_norm import _full_width, _slim_batch_norm, _slim_batch_norm_backward, check_slim_batch_norm
 from .slim_conv2d import _fake as _conv_fake
 from .slim_conv2d import (
@@ -221,7 +221,7 @@ def _autocast(dtype, x, normalise, mean, var, gamma, beta, batch_stats, relu, ep
     *conv, out_mean, out_var, out_gamma, out_beta, residual, out_relu, out_eps = rest
     return (
         *(x.to(dtype), normalise, *cast_norm(dtype, mean, var, gamma, beta), batch_stats, relu, eps),
-        *(weight.to(dtype), None if bias is None else bias.to(dtype), *conv),
+        *(autocast_parameter(dtype, weight), autocast_parameter(dtype, bias), *conv),
         *(*cast_norm(dtype, out_mean, out_var, out_gamma, out_beta), residual, out_relu, out_eps),
     )
 

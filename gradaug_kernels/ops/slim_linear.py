@@ -8,15 +8,15 @@
     y        [..., out_features]
 
 A strided GEMM: the leading dimension of the weight operand is the full I. float32, float64, bfloat16 and float16, one
-dtype for all. The gradient of weight has the full shape and is zero outside the slice; `slim_linear_weight_grad_` adds
-that slice to a buffer instead.
+dtype for all, but for float32 weights and biases of a low-precision x on the CPU, which are rounded. The gradient of
+weight has the full shape and is zero outside the slice; `slim_linear_weight_grad_` adds that slice to a buffer instead.
 """
 
 import torch
 from torch import Tensor
 
 from .._library import autocast_rule, define, differentiable, differentiable_into_buffer, differentiable_once
-from ._common import bias_grad, check_gradient_buffer, check_same_dtype_and_device, in_autocast
+from ._common import autocast_parameter, bias_grad, check_gradient_buffer, check_same_dtype_and_device, in_autocast
 
 
 def check_slim_linear(x, weight, bias, out_features) -> None:
@@ -42,8 +42,8 @@ def check_slim_linear(x, weight, bias, out_features) -> None:
 
 
 def slim_linear_reference(x, weight, bias, out_features):
-    weight = weight[:out_features, : x.shape[-1]]  # [out, F]
-    return torch.nn.functional.linear(x, weight, None if bias is None else bias[:out_features])
+    weight = weight[:out_features, : x.shape[-1]].to(x.dtype)  # [out, F]
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias[:out_features].to(x.dtype))
 
 
 def _fake(x, weight, bias, out_features):
@@ -62,7 +62,7 @@ _slim_linear = define(
 
 
 def slim_linear_input_grad_reference(dy, weight, in_features):
-    return dy @ weight[: dy.shape[-1], :in_features]  # [..., F]
+    return dy @ weight[: dy.shape[-1], :in_features].to(dy.dtype)  # [..., F]
 
 
 _slim_linear_input_grad = define(
@@ -136,7 +136,7 @@ differentiable_once(_slim_linear_input_grad, _slim_linear_weight_grad)
 
 @autocast_rule(_slim_linear)
 def _autocast(dtype, x, weight, bias, out_features):
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), out_features
+    return x.to(dtype), autocast_parameter(dtype, weight), autocast_parameter(dtype, bias), out_features
 
 
 # ---- public function
@@ -153,8 +153,8 @@ def slim_linear(
 
     Args:
         x: [..., F], floating point.
-        weight: [O, I], dtype of x: the full-width weight, F <= I.
-        bias: [O] or None, dtype of x.
+        weight: [O, I], dtype of x, or float32 on the CPU: the full-width weight, F <= I.
+        bias: [O] or None, dtype of x, or float32 on the CPU.
         out_features: output features of the sub-network, at most O; None is O.
         weight_grad: [O, I], any floating dtype: the backward pass adds the weight's gradient to its slice, and
             autograd gets none. weight, which may be a low-precision copy, must still require a gradient.

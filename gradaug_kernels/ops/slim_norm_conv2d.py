@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .._library import autocast_rule, define, differentiable, differentiable_into_buffer, differentiable_once
-from ._common import bias_grad, check_gradient_buffer, in_autocast
+from ._common import autocast_parameter, bias_grad, check_gradient_buffer, in_autocast
 from .slim_batch_norm import (
     _slim_batch_norm,
     _slim_batch_norm_backward,
@@ -277,8 +277,8 @@ differentiable_once(_slim_norm_conv2d_backward)
 @autocast_rule(_slim_norm_conv2d)
 def _autocast(dtype, x, mean, var, gamma, beta, batch_stats, relu, eps, weight, bias, *rest):
     mean, var, gamma, beta = cast_norm(dtype, mean, var, gamma, beta)
-    bias = None if bias is None else bias.to(dtype)
-    return x.to(dtype), mean, var, gamma, beta, batch_stats, relu, eps, weight.to(dtype), bias, *rest
+    weight, bias = autocast_parameter(dtype, weight), autocast_parameter(dtype, bias)
+    return x.to(dtype), mean, var, gamma, beta, batch_stats, relu, eps, weight, bias, *rest
 
 
 def cast_norm(dtype: torch.dtype, mean, var, gamma, beta) -> list[Tensor | None]:
