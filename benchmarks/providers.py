@@ -49,6 +49,7 @@ class StepRun:
             torch._dynamo.reset()
             torch._dynamo.config.recompile_limit = GRAPHS
             self.model.compile()
+        self.copies_of_weights: Callable[[], Sequence[Tensor]] = tuple  # those that stay from one step to the next
         self._step = self._ours() if provider in OURS else self._eager
 
     def __call__(self, subnets: Sequence[tuple[float, int]] | None = None) -> list[Tensor]:
@@ -64,6 +65,7 @@ class StepRun:
             resolutions=sorted({pixels for _, pixels in self.net.subnets}),
             autocast_dtype=self.autocast_dtype,
         )
+        self.copies_of_weights = lambda: step.accumulation.copies
 
         def run(subnets):
             draws = [gk.SubnetDraw(width, pixels, None, 0) for width, pixels in subnets]

@@ -41,6 +41,11 @@ class AccumulateIntoGrad:
         self._active: list[nn.Module] = []
         self._copies: dict[nn.Module, torch.Tensor] = {}
 
+    @property
+    def copies(self) -> tuple[torch.Tensor, ...]:
+        """The low-precision copies, which stay from one step to the next."""
+        return tuple(self._copies.values())
+
     @torch.no_grad()
     def begin_step(self) -> None:
         """Make the gradients exist and the low-precision copies current."""
