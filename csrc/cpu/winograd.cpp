@@ -22,12 +22,15 @@ namespace {
 
 constexpr int64_t kInputUnits = 160 * 1024;       // transformed inputs of a block: most of a second-level cache
 constexpr int64_t kSharedUnits = 4096 * 1024;     // what may be transformed at once: most of a third-level cache
-constexpr int64_t kGradientUnits = 2048 * 1024;   // both operands of a block of the weight gradient, for all threads
+constexpr int64_t kGradientUnits = 1024 * 1024;   // both operands of a block of the weight gradient, for all threads
 constexpr int64_t kOuterTiles = 128;              // tiles whose panel of inputs stays in the first-level cache
 constexpr int64_t kPackedDepth = 64;              // channels of the weight that are transformed at a time
-constexpr int64_t kLargeTileChunk = 32;           // most of the large tiles' error is that of sums in float32
+constexpr int64_t kShortChunk = 32;               // most of the large tiles' error is that of sums in float32
 constexpr double kOnce = 30;                      // time of transforming one place of a weight, in multiplications
 constexpr int kMaxInputs = 36, kMaxOutputs = 16;  // of a tile
+
+// The length of a sum in registers: float32's error is nothing beside the rounding of 16-bit images.
+int64_t chunk(const Image& image) { return image.dtype == Dtype::f32 ? kShortChunk : INT64_MAX; }
 
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
@@ -143,7 +146,7 @@ class Conv {
       tile.taps = 1;
       tile.b = weight + e * panels.units * stored;
       tile.depth = panels.units;
-      if (winograd_.outputs > 2) tile.chunk = kLargeTileChunk;
+      if (winograd_.outputs > 2) tile.chunk = chunk(x_);
       tile.c = outputs + e * output_place;
       tile.c_row = panels.panel;
       tile.rows = count;
@@ -323,7 +326,7 @@ class GradientSum {
           OuterTile tile{};
           tile.a = gradients + place * dy_place_ + og * dy_group_ + t * out_pitch_;
           tile.b = inputs + place * x_place_ + (ig * in_group_ + i) / panel * x_panel_ + t * panel;
-          tile.images = tile.rows = 1, tile.pixels = std::min(kOuterTiles, tiles - t), tile.chunk = 32;
+          tile.images = tile.rows = 1, tile.pixels = std::min(kOuterTiles, tiles - t), tile.chunk = chunk(x_);
           tile.a_pixel = out_pitch_, tile.b_pixel = panel;
           tile.c = sum + place * out_group_ * in_group_ + i;
           tile.c_row = in_group_;
