@@ -20,13 +20,21 @@
 namespace gradaug::cpu {
 namespace {
 
-constexpr int64_t kInputUnits = 160 * 1024;       // transformed inputs of a block: most of a second-level cache
-constexpr int64_t kSharedUnits = 4096 * 1024;     // what may be transformed at once: most of a third-level cache
-constexpr int64_t kGradientUnits = 1024 * 1024;   // both operands of a block of the weight gradient, for all threads
-constexpr int64_t kOuterTiles = 128;              // tiles whose panel of inputs stays in the first-level cache
-constexpr int64_t kPackedDepth = 64;              // channels of the weight that are transformed at a time
-constexpr int64_t kShortChunk = 32;               // most of the large tiles' error is that of sums in float32
-constexpr double kOnce = 30;                      // time of transforming one place of a weight, in multiplications
+constexpr int64_t kInputUnits = 160 * 1024;      // transformed inputs of a block: most of a second-level cache
+constexpr int64_t kSharedUnits = 4096 * 1024;    // what may be transformed at once: most of a third-level cache
+constexpr int64_t kGradientUnits = 1024 * 1024;  // both operands of a block of the weight gradient, for all threads
+constexpr int64_t kOuterTiles = 128;             // tiles whose panel of inputs stays in the first-level cache
+constexpr int64_t kPackedDepth = 64;             // channels of the weight that are transformed at a time
+constexpr int64_t kShortChunk = 32;              // most of the large tiles' error is that of sums in float32
+// Times, in float32 multiplications of the matrix products:
+constexpr double kOnce = 30;       // of transforming one place of a weight
+constexpr double kInput = 4;       // of transforming one place of a tile of one channel of the inputs,
+constexpr double kOutput = 20;     // and of the outputs
+constexpr double kOfGradient = 8;  // and of either for the weight gradient
+// bfloat16 products of the direct kernels in the time of one:
+constexpr double kPairs = 2.3;  // 2.2 on Zen 4, 2.5 on Zen 5
+constexpr double kPairsOfGradient = 2;
+
 constexpr int kMaxInputs = 36, kMaxOutputs = 16;  // of a tile
 
 // The length of a sum in registers: float32's error is nothing beside the rounding of 16-bit images.
@@ -66,17 +74,16 @@ bool is_dense(const GatherAxis& axis) {
 }
 
 // The tiles that take the least time, estimated in multiplications; null where the definition takes less.
-// pair: products that the direct kernels make in the time of one.
-const WinogradKernels* choose(const Kernels& kernels, int pair, int64_t batch, int64_t height, int64_t width,
-                              int64_t in, int64_t out, bool large_tiles) {
-  if (std::min(in, out) < kernels.lanes) return nullptr;
+// transforms: what the transforms of a tile take beside its products, which take 1; pairs: products that the definition
+// makes in that time.
+const WinogradKernels* choose(const Kernels& kernels, double pairs, int64_t batch, int64_t height, int64_t width,
+                              double transforms, bool large_tiles) {
   const WinogradKernels* best = nullptr;
-  double least = 0.9 * 9 * batch * height * width / pair;
+  double least = 0.9 * 9 * batch * height * width / pairs;
   for (const WinogradKernels* tile : kernels.winograd) {
     if (tile->outputs > 2 && !large_tiles) continue;
     const Tiles tiles{tile->outputs, batch, height, width};
-    const double places = tile->inputs * tile->inputs, transforms = 1 + 8. / in + 8. / out;
-    const double time = places * (tiles.count() * transforms + kOnce);
+    const double time = tile->inputs * tile->inputs * (tiles.count() * (1 + transforms) + kOnce);
     if (time < least) least = time, best = tile;
   }
   return best;
@@ -381,12 +388,12 @@ std::pair<int64_t, int64_t> divide(int64_t tiles, int64_t out, int64_t max_rows)
 
 bool winograd_conv(const Kernels& direct, int64_t batch, const GatherAxis& h, const GatherAxis& w, const Image& x,
                    int64_t depth, const Weight& weight, const float* bias, Image y, int64_t columns) {
-  if (!is_dense(h) || !is_dense(w)) return false;
   const Kernels& kernels = of_floats(direct);
+  if (!is_dense(h) || !is_dense(w) || std::min(depth, columns) < kernels.lanes) return false;
   // The large tiles lose two bits, which shorter sums win back from some hundred channels on.
   const bool large_tiles = x.dtype != Dtype::f32 || depth >= 96;
-  const WinogradKernels* winograd =
-      choose(kernels, direct.pair, batch, h.outputs, w.outputs, depth, columns, large_tiles);
+  const double transforms = kInput / columns + kOutput / depth, pairs = direct.pair == 1 ? 1 : kPairs;
+  const WinogradKernels* winograd = choose(kernels, pairs, batch, h.outputs, w.outputs, transforms, large_tiles);
   if (!winograd) return false;
   const Tiles tiles{winograd->outputs, batch, h.outputs, w.outputs};
   const Conv conv(kernels, *winograd, tiles, h, w, x, depth, weight, bias, y, columns);
@@ -400,10 +407,11 @@ bool winograd_weight_grad(const Kernels& direct, int64_t batch, const ConvAxis& 
   for (const ConvAxis* axis : {&h, &w}) {
     if (axis->kernel != 3 || axis->stride != 1 || axis->dilation != 1) return false;
   }
-  if (dweight.in != 1) return false;
   const Kernels& kernels = of_floats(direct);
+  if (dweight.in != 1 || std::min(in, out) < kernels.lanes) return false;
   const bool large_tiles = x.dtype != Dtype::f32;
-  const WinogradKernels* winograd = choose(kernels, direct.pair, batch, h.outputs, w.outputs, in, out, large_tiles);
+  const double transforms = kOfGradient / in + kOfGradient / out, pairs = direct.pair == 1 ? 1 : kPairsOfGradient;
+  const WinogradKernels* winograd = choose(kernels, pairs, batch, h.outputs, w.outputs, transforms, large_tiles);
   if (!winograd) return false;
   const Tiles tiles{winograd->outputs, batch, h.outputs, w.outputs};
   const auto [out_parts, tile_parts] = divide(tiles.count(), out, kernels.max_rows);
