@@ -19,6 +19,7 @@ from .ops import (
     slim_conv2d_statistics,
     slim_linear,
     slim_norm_conv2d,
+    slim_norm_max_pool2d,
 )
 from .sampler import RandomChannels, RandomDepth, RandomLayerWidth, RandomWidth, Sampler
 from .subnet import calibrate
@@ -53,5 +54,6 @@ __all__ = [
     "slim_conv2d_statistics",
     "slim_linear",
     "slim_norm_conv2d",
+    "slim_norm_max_pool2d",
     "use_width",
 ]

@@ -1,9 +1,11 @@
 """Convolutions and batch norms that follow each other, run so that little between them is stored.
 
     conv1, norm1 + relu, conv2, norm2 + relu, conv3, norm3 + add + relu
+    conv1, norm1 + relu, max_pool
 
-A norm before a convolution is applied where the convolution reads its input (`slim_norm_conv2d`); where kernels sum
-their output's statistics, a norm gets those of the convolution before. `fuse` finds such chains in a module's code.
+A norm before a convolution is applied where the convolution reads its input (`slim_norm_conv2d`), one before a max
+pooling on the CPU together with that (`slim_norm_max_pool2d`); where kernels sum their output's statistics, a norm gets
+those of the convolution before. `fuse` finds such chains in a module's code.
 """
 
 from typing import NamedTuple
@@ -13,10 +15,16 @@ from torch import Tensor, fx, nn
 
 from ._library import is_composed
 from .nn import FastSlimConv2d, SlimBatchNorm2d
-from .ops import slim_batch_norm, slim_conv2d_norm, slim_conv2d_statistics, slim_norm_conv2d
+from .ops import (
+    slim_batch_norm,
+    slim_conv2d_norm,
+    slim_conv2d_statistics,
+    slim_norm_conv2d,
+    slim_norm_max_pool2d,
+)
 from .ops._common import in_autocast
 
-Layer = FastSlimConv2d | SlimBatchNorm2d
+Layer = FastSlimConv2d | SlimBatchNorm2d | nn.MaxPool2d
 
 
 def run_chain(
@@ -27,7 +35,8 @@ def run_chain(
     Args:
         x: [N, C, H, W].
         residual: added to the result of the last layer, a batch norm, before its ReLU; or None.
-        layers: convolutions and batch norms in turn. Only a first convolution may pad with anything but zeros.
+        layers: convolutions and batch norms in turn, and perhaps a max pooling after a last batch norm. Only a first
+            convolution may pad with anything but zeros.
         relus: whether a ReLU follows each layer; only batch norms have one.
         recompute: compute the input of a last batch norm again in the backward pass, where a 1x1 convolution made it.
 
@@ -40,6 +49,8 @@ def run_chain(
         if isinstance(layer, SlimBatchNorm2d):
             norm = _Norm.of(x, layer, relu, statistics)
             continue
+        if isinstance(layer, nn.MaxPool2d):
+            return norm.apply_and_pool(x, layer)
         following = layers[i + 1] if i < last else None
         if recompute and i == last - 1 and _is_worth_recomputing(layer, x, residual):
             return _convolve_and_normalise(x, layer, norm, following, relus[last], residual)
@@ -95,6 +106,14 @@ class _Norm(NamedTuple):
             return layer(x, residual, self.relu)
         norm = (*layer._affine(), self.mean, self.var, residual, self.relu, layer.eps)
         y, mean, var = slim_batch_norm(x, *norm, batch_stats=True)
+        self.record(x.shape, mean, var)
+        return y
+
+    def apply_and_pool(self, x: Tensor, pooling: nn.MaxPool2d) -> Tensor:
+        if x.device.type != "cpu":
+            return pooling(self.apply(x, None))
+        window = (pooling.kernel_size, pooling.stride, pooling.padding)
+        y, mean, var = slim_norm_max_pool2d(x, *window, **self.arguments())
         self.record(x.shape, mean, var)
         return y
 

@@ -1,11 +1,12 @@
-"""Find chains of convolution, batch norm, residual add and ReLU in a model's forward code, and fuse them.
+"""Find chains of convolution, batch norm, residual add, ReLU and max pooling in a model's forward code, and fuse them.
 
 Each module that calls a SlimBatchNorm2d directly is traced on its own with torch.fx, its children as leaves, and its
-forward is replaced by one that calls the batch norm with the residual and the ReLU, and runs convolutions and batch
-norms that follow each other as one chain (chain.py). Nothing else of the module changes: its class stays a subclass of
-what it was, its children, parameters, state_dict and hooks are the same.
+forward is replaced by one that calls the batch norm with the residual and the ReLU, and runs convolutions, batch norms
+and max pooling that follow each other as one chain (chain.py). Nothing else of the module changes: its class stays a
+subclass of what it was, its children, parameters, state_dict and hooks are the same.
 """
 
+import math
 import operator
 from collections.abc import Iterator
 
@@ -23,8 +24,8 @@ _IN_PLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itr
 
 
 def fuse(model: nn.Module, recompute: bool = False) -> nn.Module:
-    """Let every batch norm of `model` do the residual add and the ReLU that follow it, and a convolution that follows
-    apply the batch norm where it reads its input, where the model's code shows them.
+    """Let every batch norm of `model` do the residual add and the ReLU that follow it, and a convolution or a max
+    pooling that follows apply the batch norm where it reads its input, where the model's code shows them.
 
     Of a chain conv, norm, ReLU, conv, ... the backward pass then keeps the convolutions' results alone. A batch norm
     whose output has other uses stays a layer of its own. A module whose forward cannot be traced, or does something
@@ -188,7 +189,7 @@ def _is_relu(node: fx.Node, module: nn.Module) -> bool:
 
 
 def _find_chains(graph: fx.Graph, module: nn.Module) -> list[list[fx.Node]]:
-    """The longest chains of at least two calls: convolutions and batch norms in turn, each used by the next alone."""
+    """The longest chains of at least two calls, each used by the next alone, as in chain.py."""
     chains: dict[fx.Node, list[fx.Node]] = {}  # last call -> the calls
     for node in graph.nodes:
         if not _is_layer(node, module):
@@ -206,8 +207,17 @@ def _find_chains(graph: fx.Graph, module: nn.Module) -> list[list[fx.Node]]:
 def _is_layer(node: fx.Node, module: nn.Module) -> bool:
     if node.op != "call_module" or node.kwargs:
         return False
-    kind = type(module.get_submodule(node.target))
-    return kind is SlimBatchNorm2d or (kind is FastSlimConv2d and len(node.args) == 1)
+    layer = module.get_submodule(node.target)
+    if type(layer) is nn.MaxPool2d:
+        return len(node.args) == 1 and _is_plain_pooling(layer)
+    return type(layer) is SlimBatchNorm2d or (type(layer) is FastSlimConv2d and len(node.args) == 1)
+
+
+def _is_plain_pooling(layer: nn.MaxPool2d) -> bool:
+    """Whether it is one that `slim_norm_max_pool2d` computes."""
+    kernel = layer.kernel_size
+    pixels = kernel**2 if isinstance(kernel, int) else math.prod(kernel)
+    return layer.dilation in (1, (1, 1)) and not layer.return_indices and not layer.ceil_mode and pixels <= 255
 
 
 def _source(node: fx.Node, module: nn.Module) -> fx.Node | None:
@@ -229,10 +239,11 @@ def _may_follow(node: fx.Node, before: fx.Node, module: nn.Module) -> bool:
     layer, previous = module.get_submodule(node.target), module.get_submodule(before.target)
     if type(layer) is type(previous) or len(before.users) != 1 or node.args.count(node.args[0]) > 1:
         return False
-    if isinstance(layer, FastSlimConv2d):
-        _, residual, _ = _norm_arguments(before)
-        return layer._explicit_padding is None and residual is None
-    return True
+    if isinstance(layer, SlimBatchNorm2d):
+        return isinstance(previous, FastSlimConv2d)
+    if not isinstance(previous, SlimBatchNorm2d) or _norm_arguments(before)[1] is not None:  # [1]: the residual
+        return False
+    return isinstance(layer, nn.MaxPool2d) or layer._explicit_padding is None
 
 
 def _norm_arguments(node: fx.Node) -> tuple:
@@ -282,6 +293,7 @@ def _replace_chain(graph: fx.Graph, module: nn.Module, nodes: list[fx.Node], rec
         if norms[i]:
             names = ["recomputed convolution"] if recompute and i == len(nodes) - 1 else []
             names += ["batch_norm"] + ["add"] * (residual is not None and i == len(nodes) - 1) + ["relu"] * relus[i]
-            names += ["convolution"] * (i < len(nodes) - 1)
+            if i < len(nodes) - 1:
+                names.append("max_pool" if isinstance(layers[i + 1], nn.MaxPool2d) else "convolution")
             described[node.target] = " + ".join(names)
     return described

@@ -23,8 +23,8 @@ def chain_counts(model):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("resnet18", {INNER: 8, "batch_norm + relu": 1, "batch_norm + add + relu": 8, "batch_norm": 3}),
-        ("resnet50", {INNER: 32, "batch_norm + relu": 1, "batch_norm + add + relu": 16, "batch_norm": 4}),
+        ("resnet18", {INNER: 8, "batch_norm + relu + max_pool": 1, "batch_norm + add + relu": 8, "batch_norm": 3}),
+        ("resnet50", {INNER: 32, "batch_norm + relu + max_pool": 1, "batch_norm + add + relu": 16, "batch_norm": 4}),
         ("mobilenet_v2", {"batch_norm": 52}),  # ReLU6, and adds outside of the module that has the batch norm
     ],
 )
@@ -35,7 +35,7 @@ def test_chains_of_torchvision_models(name, expected):
 def test_recomputed_chains():
     model = gk.convert(torchvision.models.resnet50(), recompute=True)
     ends = {"recomputed convolution + batch_norm + add + relu": 16, "recomputed convolution + batch_norm": 4}
-    assert chain_counts(model) == {INNER: 32, "batch_norm + relu": 1, **ends}
+    assert chain_counts(model) == {INNER: 32, "batch_norm + relu + max_pool": 1, **ends}
     assert chain_counts(copy.deepcopy(model)) == chain_counts(model)
 
 
@@ -134,6 +134,7 @@ class Chain(nn.Module):
         self.conv1, self.norm = gk.FastSlimConv2d(4, 4, 1), gk.SlimBatchNorm2d(4)
         self.conv2 = gk.FastSlimConv2d(4, 4, 3, padding=1, **options)
         self.keep, self.drop = nn.Dropout(0.0), nn.Dropout(0.5)
+        self.pool, self.pool_up = nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2, ceil_mode=True)
         self.join = join
 
     def forward(self, x):
@@ -150,6 +151,11 @@ JOINS = {
     "another use of the convolution": (lambda m, x: (lambda c: m.norm(c) * c)(m.conv1(x)), {}, "batch_norm"),
     "add before the convolution": (lambda m, x: m.conv2(m.norm(x) + x), {}, "batch_norm + add"),
     "norm and convolution of one input": (lambda m, x: m.conv2(m.norm(x)) + m.conv1(x), {}, "batch_norm + convolution"),
+    "pooling": (lambda m, x: m.pool(F.relu(m.norm(m.conv1(x)))), {}, "batch_norm + relu + max_pool"),
+    "pooling without relu": (lambda m, x: m.pool(m.norm(x)), {}, "batch_norm + max_pool"),
+    "pooling that rounds up": (lambda m, x: m.pool_up(F.relu(m.norm(x))), {}, "batch_norm + relu"),
+    "pooling of a convolution": (lambda m, x: m.norm(m.pool(m.conv1(x))), {}, "batch_norm"),
+    "pooling after an add": (lambda m, x: m.pool(m.norm(x) + x), {}, "batch_norm + add"),
     "input written in place later": (lambda m, x: m.conv2(m.norm(x)) + x.mul_(1), {}, "batch_norm + convolution"),
     "input written in place between": (lambda m, x: in_place_between(m, x + 0), {}, "batch_norm"),
 }

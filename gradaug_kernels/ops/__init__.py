@@ -5,6 +5,7 @@ from .slim_conv2d import slim_conv2d
 from .slim_conv2d_norm import slim_conv2d_norm
 from .slim_linear import slim_linear
 from .slim_norm_conv2d import slim_conv2d_statistics, slim_norm_conv2d
+from .slim_norm_max_pool2d import slim_norm_max_pool2d
 
 __all__ = [
     "slim_batch_norm",
@@ -13,4 +14,5 @@ __all__ = [
     "slim_conv2d_statistics",
     "slim_linear",
     "slim_norm_conv2d",
+    "slim_norm_max_pool2d",
 ]

@@ -1,0 +1,188 @@
+// Max pooling that keeps one byte for each maximum, where in its window it is: forward and backward of NHWC images;
+// others are copied to that format. Formulas and shapes: gradaug_kernels/ops/slim_norm_max_pool2d.py.
+//
+// Forward: a task takes rows of outputs, and for each pixel compares the pixels of its window, channels in vectors.
+// Backward gathers: a task takes rows of inputs, and each pixel sums the gradients of those windows whose maximum it
+// is.
+#include <ATen/Dispatch.h>
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+// The loops over channels are left to the compiler, which makes one version for each instruction set.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define GRADAUG_VERSIONS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define GRADAUG_VERSIONS
+#endif
+
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+
+constexpr int64_t kChannels = 64;  // that are compared at a time, in registers
+constexpr int64_t kGrain = 16384;  // values that are worth a thread
+
+// bfloat16 and float16 are compared and summed as floats.
+template <typename T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+struct Axis {
+  int64_t inputs, outputs, kernel, stride, padding;
+
+  int64_t first(int64_t output) const { return output * stride - padding; }  // input under the first tap
+  // Taps that are inside the image.
+  int64_t begin(int64_t output) const { return std::max<int64_t>(0, -first(output)); }
+  int64_t end(int64_t output) const { return std::min(kernel, inputs - first(output)); }
+  // Outputs whose window has an input.
+  int64_t first_output(int64_t input) const {
+    return input + padding < kernel ? 0 : (input + padding - kernel) / stride + 1;
+  }
+  int64_t last_output(int64_t input) const { return std::min(outputs - 1, (input + padding) / stride); }
+};
+
+// y: the largest of the pixels, or a NaN among them; offset: its tap, the first one of several.
+template <typename T>
+GRADAUG_VERSIONS void largest(const T* const* pixels, const uint8_t* tap, int64_t taps, int64_t channels, T* y,
+                              uint8_t* offset) {
+  for (int64_t c = 0; c < channels; c += kChannels) {
+    const int64_t n = std::min(kChannels, channels - c);
+    Acc<T> best[kChannels];
+    int32_t where[kChannels];
+    for (int64_t i = 0; i < n; i++) best[i] = static_cast<Acc<T>>(pixels[0][c + i]), where[i] = tap[0];
+    for (int64_t t = 1; t < taps; t++) {
+      const T* from = pixels[t] + c;
+      const int32_t here = tap[t];
+      for (int64_t i = 0; i < n; i++) {
+        const Acc<T> value = static_cast<Acc<T>>(from[i]);
+        const bool larger = value > best[i] || value != value;
+        best[i] = larger ? value : best[i];
+        where[i] = larger ? here : where[i];
+      }
+    }
+    for (int64_t i = 0; i < n; i++) y[c + i] = static_cast<T>(best[i]), offset[c + i] = static_cast<uint8_t>(where[i]);
+  }
+}
+
+// dx = sum over windows of dy where the window's maximum is at its tap and, where y is given, positive.
+template <typename T>
+GRADAUG_VERSIONS void gather(const T* const* dy, const T* const* y, const uint8_t* const* offset, const uint8_t* tap,
+                             int64_t windows, int64_t channels, T* dx) {
+  for (int64_t c = 0; c < channels; c += kChannels) {
+    const int64_t n = std::min(kChannels, channels - c);
+    Acc<T> sum[kChannels] = {};
+    for (int64_t w = 0; w < windows; w++) {
+      const T* gradient = dy[w] + c;
+      const uint8_t* where = offset[w] + c;
+      const uint8_t here = tap[w];
+      if (y[w]) {
+        const T* value = y[w] + c;
+        for (int64_t i = 0; i < n; i++) {
+          const bool passes = where[i] == here && static_cast<Acc<T>>(value[i]) > 0;
+          sum[i] += passes ? static_cast<Acc<T>>(gradient[i]) : 0;
+        }
+      } else {
+        for (int64_t i = 0; i < n; i++) sum[i] += where[i] == here ? static_cast<Acc<T>>(gradient[i]) : 0;
+      }
+    }
+    for (int64_t i = 0; i < n; i++) dx[c + i] = static_cast<T>(sum[i]);
+  }
+}
+
+Tensor nhwc(const Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
+
+Axis axis(int i, IntArrayRef inputs, IntArrayRef outputs, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding) {
+  return {inputs[2 + i], outputs[2 + i], kernel[i], stride[i], padding[i]};
+}
+
+std::tuple<Tensor, Tensor> slim_max_pool2d(const Tensor& x, IntArrayRef kernel, IntArrayRef stride,
+                                           IntArrayRef padding) {
+  std::vector<int64_t> size{x.size(0), x.size(1)};
+  for (int i = 0; i < 2; i++) size.push_back((x.size(2 + i) + 2 * padding[i] - kernel[i]) / stride[i] + 1);
+  const auto options = x.options().memory_format(at::MemoryFormat::ChannelsLast);
+  Tensor y = at::empty(size, options), offset = at::empty(size, options.dtype(at::kByte));
+  const Tensor input = nhwc(x);
+  const Axis h = axis(0, x.sizes(), size, kernel, stride, padding);
+  const Axis w = axis(1, x.sizes(), size, kernel, stride, padding);
+  const int64_t channels = x.size(1), row = w.outputs * channels;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "slim_max_pool2d", [&] {
+    const scalar_t* from = input.const_data_ptr<scalar_t>();
+    scalar_t* to = y.mutable_data_ptr<scalar_t>();
+    uint8_t* where = offset.mutable_data_ptr<uint8_t>();
+    at::parallel_for(0, size[0] * h.outputs, std::max<int64_t>(1, kGrain / std::max<int64_t>(row, 1)),
+                     [&](int64_t begin, int64_t end) {
+                       std::vector<const scalar_t*> pixels(kernel[0] * kernel[1]);
+                       std::vector<uint8_t> tap(pixels.size());
+                       for (int64_t i = begin; i < end; i++) {
+                         const int64_t n = i / h.outputs, p = i % h.outputs;
+                         for (int64_t q = 0; q < w.outputs; q++) {
+                           int64_t taps = 0;
+                           for (int64_t a = h.begin(p); a < h.end(p); a++) {
+                             for (int64_t b = w.begin(q); b < w.end(q); b++, taps++) {
+                               const int64_t pixel = (n * h.inputs + h.first(p) + a) * w.inputs + w.first(q) + b;
+                               pixels[taps] = from + pixel * channels;
+                               tap[taps] = static_cast<uint8_t>(a * w.kernel + b);
+                             }
+                           }
+                           const int64_t output = i * row + q * channels;
+                           largest(pixels.data(), tap.data(), taps, channels, to + output, where + output);
+                         }
+                       }
+                     });
+  });
+  const auto format = x.suggest_memory_format();
+  return {y.contiguous(format), offset.contiguous(format)};
+}
+
+Tensor slim_max_pool2d_backward(const Tensor& dy, const std::optional<Tensor>& y, const Tensor& offset,
+                                IntArrayRef input_size, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding) {
+  Tensor dx = at::empty(input_size, dy.options().memory_format(at::MemoryFormat::ChannelsLast));
+  const Tensor gradient = nhwc(dy), maximum = y ? nhwc(*y) : Tensor(), position = nhwc(offset);
+  const Axis h = axis(0, input_size, dy.sizes(), kernel, stride, padding);
+  const Axis w = axis(1, input_size, dy.sizes(), kernel, stride, padding);
+  const int64_t channels = input_size[1], row = w.inputs * channels;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dy.scalar_type(), "slim_max_pool2d_backward", [&] {
+    const scalar_t* from = gradient.const_data_ptr<scalar_t>();
+    const scalar_t* value = y ? maximum.const_data_ptr<scalar_t>() : nullptr;
+    const uint8_t* where = position.const_data_ptr<uint8_t>();
+    scalar_t* to = dx.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, input_size[0] * h.inputs, std::max<int64_t>(1, kGrain / std::max<int64_t>(row, 1)),
+                     [&](int64_t begin, int64_t end) {
+                       std::vector<const scalar_t*> gradients(kernel[0] * kernel[1]), values(gradients.size());
+                       std::vector<const uint8_t*> offsets(gradients.size());
+                       std::vector<uint8_t> tap(gradients.size());
+                       for (int64_t i = begin; i < end; i++) {
+                         const int64_t n = i / h.inputs, r = i % h.inputs;
+                         for (int64_t s = 0; s < w.inputs; s++) {
+                           int64_t windows = 0;
+                           for (int64_t p = h.first_output(r); p <= h.last_output(r); p++) {
+                             for (int64_t q = w.first_output(s); q <= w.last_output(s); q++, windows++) {
+                               const int64_t output = ((n * h.outputs + p) * w.outputs + q) * channels;
+                               gradients[windows] = from + output, offsets[windows] = where + output;
+                               values[windows] = value ? value + output : nullptr;
+                               tap[windows] = static_cast<uint8_t>((r - h.first(p)) * w.kernel + s - w.first(q));
+                             }
+                           }
+                           gather(gradients.data(), values.data(), offsets.data(), tap.data(), windows, channels,
+                                  to + i * row + s * channels);
+                         }
+                       }
+                     });
+  });
+  return dx.contiguous(offset.suggest_memory_format());
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(gradaug, CPU, m) {
+  m.impl("slim_max_pool2d", slim_max_pool2d);
+  m.impl("slim_max_pool2d_backward", slim_max_pool2d_backward);
+}

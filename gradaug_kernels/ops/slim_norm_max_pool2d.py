@@ -1,0 +1,196 @@
+"""Batch norm, ReLU and max pooling, keeping nothing in between: the stem of a ResNet.
+
+    a = relu?(batch_norm(x; mean, var, gamma[:C], beta[:C]))
+    y[n, c, p, q] = max over the window of a[n, c, stride p - padding + i, stride q - padding + j]
+
+    x                       [N, C, H, W]     any strides
+    mean, var, gamma, beta  as in slim_batch_norm, of which mean and var may be known to be those of x (batch_stats)
+    y                       [N, C, OH, OW]   dtype and memory format of x
+    offset                  [N, C, OH, OW]   uint8: where in its window the maximum is, i KW + j
+
+The backward pass needs x, y and offset: a is as large as x, and PyTorch's indices take eight bytes for each value of y.
+"""
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from .._library import define, differentiable, differentiable_once
+from .slim_batch_norm import _slim_batch_norm, _slim_batch_norm_backward, check_slim_batch_norm
+from .slim_norm_conv2d import NORM, _statistics_fake, norm_grad_fakes
+
+WINDOW = "SymInt[2] kernel, SymInt[2] stride, SymInt[2] padding"
+
+
+def check_slim_norm_max_pool2d(x, mean, var, gamma, beta, relu, eps, kernel, stride, padding) -> None:
+    """The contract of the arguments, for the operator and for its fake alike.
+
+    Raises:
+        ValueError: for shapes that do not fit. TypeError: for dtypes that are not floating or that differ.
+    """
+    check_slim_batch_norm(x, gamma, beta, mean, var, None, relu, eps, names=("gamma", "beta"))
+    for name, pair, least in (("kernel", kernel, 1), ("stride", stride, 1), ("padding", padding, 0)):
+        if len(pair) != 2 or min(pair) < least:
+            raise ValueError(f"{name} must be two integers of at least {least}, got {tuple(pair)}")
+    if kernel[0] * kernel[1] > 255:
+        raise ValueError(f"kernel must have at most 255 pixels, got {tuple(kernel)}")
+    if any(2 * p > k for p, k in zip(padding, kernel, strict=True)):
+        raise ValueError(f"padding must be at most half of the kernel, {tuple(kernel)}, got {tuple(padding)}")
+    if any(size + 2 * p < k for size, p, k in zip(x.shape[2:], padding, kernel, strict=True)):
+        raise ValueError(f"the padded image must be at least as large as the kernel, got {tuple(x.shape)}")
+
+
+# ---- pooling
+
+
+def slim_max_pool2d_reference(x, kernel, stride, padding):
+    y, index = torch.nn.functional.max_pool2d(
+        x, kernel, stride, padding, return_indices=True
+    )  # of a pixel of the image
+    top = torch.arange(y.shape[2], device=x.device)[:, None] * stride[0] - padding[0]  # [OH, 1]
+    left = torch.arange(y.shape[3], device=x.device) * stride[1] - padding[1]  # [OW]
+    offset = (index // x.shape[3] - top) * kernel[1] + index % x.shape[3] - left
+    memory_format = suggest_memory_format(x)
+    return y.contiguous(memory_format=memory_format), offset.to(torch.uint8).contiguous(memory_format=memory_format)
+
+
+def _max_pool2d_fake(x, kernel, stride, padding):
+    size = ((x.shape[2 + a] + 2 * padding[a] - kernel[a]) // stride[a] + 1 for a in (0, 1))
+    y = x.new_empty(*x.shape[:2], *size).contiguous(memory_format=suggest_memory_format(x))
+    return y, torch.empty_like(y, dtype=torch.uint8)
+
+
+_slim_max_pool2d = define(
+    f"slim_max_pool2d(Tensor x, {WINDOW}) -> (Tensor y, Tensor offset)", slim_max_pool2d_reference, _max_pool2d_fake
+)
+
+
+def slim_max_pool2d_backward_reference(dy, y, offset, input_size, kernel, stride, padding):
+    dy = dy if y is None else dy * (y > 0)
+    offset = offset.to(torch.int64)
+    row = torch.arange(dy.shape[2], device=dy.device)[:, None] * stride[0] - padding[0] + offset // kernel[1]
+    column = torch.arange(dy.shape[3], device=dy.device) * stride[1] - padding[1] + offset % kernel[1]
+    sums = dy.new_zeros(input_size, dtype=torch.promote_types(dy.dtype, torch.float32)).flatten(2)  # [N, C, H W]
+    sums.scatter_add_(2, (row * input_size[3] + column).flatten(2), dy.to(sums.dtype).flatten(2))
+    dx = sums.unflatten(2, input_size[2:]).to(dy.dtype)
+    return dx.contiguous(memory_format=suggest_memory_format(offset))
+
+
+_slim_max_pool2d_backward = define(
+    f"slim_max_pool2d_backward(Tensor dy, Tensor? y, Tensor offset, SymInt[4] input_size, {WINDOW}) -> Tensor",
+    slim_max_pool2d_backward_reference,
+    lambda dy, y, offset, input_size, *window: dy.new_empty(input_size).contiguous(
+        memory_format=suggest_memory_format(offset)
+    ),
+)
+
+
+# ---- norm and pooling: schema, reference, fake
+
+
+def slim_norm_max_pool2d_reference(x, mean, var, gamma, beta, batch_stats, relu, eps, *window):
+    activation, mean, var = _slim_batch_norm(x, gamma, beta, mean, var, None, relu, eps)
+    return *_slim_max_pool2d(activation, *window), mean, var
+
+
+def _fake(x, mean, var, gamma, beta, batch_stats, relu, eps, *window):
+    check_slim_norm_max_pool2d(x, mean, var, gamma, beta, relu, eps, *window)
+    return *_max_pool2d_fake(x, *window), *_statistics_fake(x)
+
+
+_slim_norm_max_pool2d = define(
+    f"slim_norm_max_pool2d(Tensor x, {NORM}, {WINDOW}) -> (Tensor y, Tensor offset, Tensor mean, Tensor var)",
+    slim_norm_max_pool2d_reference,
+    _fake,
+    composite=True,
+)
+
+
+# ---- backward: y is given where there was a ReLU
+
+
+def slim_norm_max_pool2d_backward_reference(dy, y, offset, x, mean, var, gamma, beta, batch_stats, eps, *window):
+    da = _slim_max_pool2d_backward(dy, y, offset, x.shape, *window)
+    dx, _, dgamma, dbeta = _slim_batch_norm_backward(da, x, None, gamma, beta, mean, var, batch_stats, False, eps)
+    return dx, dgamma, dbeta
+
+
+_slim_norm_max_pool2d_backward = define(
+    "slim_norm_max_pool2d_backward(Tensor dy, Tensor? y, Tensor offset, Tensor x, Tensor mean, Tensor var, "
+    f"Tensor? gamma, Tensor? beta, bool batch_stats, float eps, {WINDOW}) -> (Tensor dx, Tensor dgamma, Tensor dbeta)",
+    slim_norm_max_pool2d_backward_reference,
+    lambda dy, y, offset, x, mean, var, gamma, beta, *rest: norm_grad_fakes(x, mean, gamma, beta, True),
+    composite=True,
+)
+
+
+# ---- autograd
+
+
+def _setup_context(ctx, inputs, output):
+    x, given_mean, _, gamma, beta, batch_stats, relu, ctx.eps, *ctx.window = inputs
+    y, offset, mean, var = output
+    ctx.mark_non_differentiable(offset, mean, var)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(y if relu else None, offset, x, mean, var, gamma, beta)
+    ctx.batch_stats = batch_stats or given_mean is None
+
+
+def _backward(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 11
+    needs_x, needs_gamma, needs_beta = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+    dx, dgamma, dbeta = _slim_norm_max_pool2d_backward(dy, *ctx.saved_tensors, ctx.batch_stats, ctx.eps, *ctx.window)
+    return (
+        dx if needs_x else None,
+        *(None, None),
+        dgamma if needs_gamma else None,
+        dbeta if needs_beta else None,
+        *(None,) * 6,
+    )
+
+
+_apply = differentiable(_slim_norm_max_pool2d, _setup_context, _backward)
+differentiable_once(_slim_max_pool2d_backward, _slim_norm_max_pool2d_backward)
+
+
+# ---- public function
+
+
+def slim_norm_max_pool2d(
+    x: Tensor,
+    kernel: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    *,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    batch_stats: bool = False,
+    relu: bool = False,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`max_pool2d(relu?(slim_batch_norm(x, gamma, beta, mean, var)), kernel, stride, padding)`, keeping neither.
+
+    Args:
+        x: [N, C, H, W], floating point, any strides: what the convolution before wrote.
+        kernel, stride, padding: in pixels, one integer or (vertical, horizontal); at most 255 pixels in a window. The
+            stride is the kernel where it is None.
+        gamma, beta: [F], F >= C, float32 or dtype of x; None is 1 and 0.
+        mean, var: [C], float32 (float64 for float64 x): statistics to normalise with; None takes the batch's.
+        batch_stats: mean and var are those of x, so that the backward pass differentiates through them.
+        relu: apply a ReLU after the norm.
+        eps: added to the variance.
+
+    Returns:
+        y [N, C, OH, OW] in dtype and memory format of x, and the mean and biased variance [C] that were used.
+
+    Raises:
+        ValueError, TypeError: as `check_slim_norm_max_pool2d`, when shapes or dtypes do not fit.
+    """
+    stride = kernel if stride is None else stride
+    window = [[v, v] if isinstance(v, int) else list(v) for v in (kernel, stride, padding)]
+    check_slim_norm_max_pool2d(x, mean, var, gamma, beta, relu, eps, *window)
+    y, _, mean, var = _apply(x, mean, var, gamma, beta, batch_stats, relu, eps, *window)
+    return y, mean, var
