@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .gather import gather_weight
 from .ops import slim_batch_norm, slim_conv2d, slim_linear
+from .ops.slim_batch_norm import slim_batch_norm_record_
 from .width import check_width, round_channels
 
 
@@ -285,18 +286,9 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
         """Update the running statistics of this width, if it has some, with those of a batch of that shape."""
         values_per_channel = shape[0] * shape[2] * shape[3]
         if self.training and self._statistics is not None and values_per_channel > 0:
-            self._update_statistics(mean, var, values_per_channel)
-
-    @torch.no_grad()
-    def _update_statistics(self, mean: Tensor, var: Tensor, values_per_channel: int) -> None:
-        running_mean, running_var, num_batches = (getattr(self, name) for name in self._statistics)
-        num_batches += 1
-        factor = 1.0 / float(num_batches) if self.momentum is None else self.momentum
-        channels = mean.shape[0]
-        unbiased = var * (values_per_channel / (values_per_channel - 1))
-        running_mean[:channels].lerp_(mean.to(running_mean.dtype), factor)
-        running_var[:channels].lerp_(unbiased.to(running_var.dtype), factor)
-        self._uncalibrated.discard(self._slim_width)
+            running = (self._buffers[name] for name in self._statistics)
+            slim_batch_norm_record_(*running, mean, var, values_per_channel, self.momentum)
+            self._uncalibrated.discard(self._slim_width)
 
     def reset_width_stats(self, width: float) -> None:
         """Forget the running statistics of one width."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch_batch_norm import EPS, assert_statistics, torch_batch_norm
 
 import gradaug_kernels as gk
+from gradaug_kernels.ops.slim_batch_norm import slim_batch_norm_record_
 
 CASES = batch_norm_cases()
 LARGE = [  # more than one thread, many blocks of sums
@@ -310,3 +311,30 @@ def test_other_instruction_sets(capability):
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
     done = subprocess.run([*command, "-k", "as_accurate and bfloat16"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+# ---- running statistics
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_running_statistics_are_nn_batch_norms(dtype, momentum):
+    torch.manual_seed(0)
+    norm = torch.nn.BatchNorm2d(5, momentum=momentum, dtype=dtype)
+    running = [buffer.clone() for buffer in norm.buffers()]
+    for _ in range(3):
+        x = torch.randn(2, 5, 3, 3, dtype=dtype) + 1
+        norm(x)
+        _, mean, var = gk.slim_batch_norm(x)
+        slim_batch_norm_record_(*running, mean, var, 18, momentum)
+    for found, expected in zip(running, norm.buffers(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_first_running_statistics_move():
+    running = [torch.zeros(6), torch.ones(6), torch.tensor(0)]
+    slim_batch_norm_record_(*running, torch.ones(4), torch.ones(4), 2, 0.25)
+    torch.testing.assert_close(running[0], torch.tensor([0.25] * 4 + [0.0] * 2))
+    torch.testing.assert_close(running[1], torch.tensor([1.25] * 4 + [1.0] * 2), msg="the variance is unbiased: 2")
+    arguments = (*running, torch.ones(4), torch.ones(4), 2, 0.25)
+    torch.library.opcheck(torch.ops.gradaug.slim_batch_norm_record_.default, arguments)

@@ -443,10 +443,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
   return {dx, dz, parameter_gradient(weight, dweight, mean_tensor), parameter_gradient(bias, dbias, mean_tensor)};
 }
 
+void record_(Tensor& running_mean, Tensor& running_var, Tensor& num_batches, const Tensor& mean, const Tensor& var,
+             int64_t values, std::optional<double> momentum) {
+  const int64_t count = ++*num_batches.mutable_data_ptr<int64_t>();
+  const double factor = momentum.value_or(1.0 / static_cast<double>(count));
+  const double unbiased = static_cast<double>(values) / static_cast<double>(values - 1);
+  const auto move = [&](Tensor& running, const Tensor& batch, double scale) {
+    const std::vector<double> towards = statistic_values(batch);
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, running.scalar_type(), "slim_batch_norm_record_", [&] {
+      scalar_t* to = running.mutable_data_ptr<scalar_t>();
+      for (const double value : towards) {
+        const double from = static_cast<double>(*to);
+        *to = static_cast<scalar_t>(from + factor * (scale * value - from));
+        to += running.stride(0);
+      }
+    });
+  };
+  move(running_mean, mean, 1);
+  move(running_var, var, unbiased);
+}
+
 }  // namespace
 }  // namespace gradaug::batch_norm
 
 TORCH_LIBRARY_IMPL(gradaug, CPU, m) {
   m.impl("slim_batch_norm", &gradaug::batch_norm::forward);
   m.impl("slim_batch_norm_backward", &gradaug::batch_norm::backward);
+  m.impl("slim_batch_norm_record_", &gradaug::batch_norm::record_);
 }

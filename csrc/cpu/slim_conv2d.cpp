@@ -83,6 +83,13 @@ const DepthwiseKernels* depthwise_kernels_for(const Tensor& x, bool nhwc_result,
   return kernels && group <= kernels->max_group ? kernels : nullptr;
 }
 
+// Strided depthwise convolutions of float32, which PyTorch's own (oneDNN) computes from the images in place, and so
+// faster than the kernels that copy them: forward, and the gradients of small kernels (of 5x5 its take four times as
+// long). Nothing but a small weight is sliced.
+bool is_left_to_torch(const Tensor& x, int64_t channels, const Geometry& geometry, int64_t kernel_width) {
+  return x.scalar_type() == at::kFloat && geometry.groups == channels && geometry.stride[1] > 1 && kernel_width <= 3;
+}
+
 GroupedWeight grouped(const Tensor& weight) {
   return {weight.const_data_ptr(), *dtype_of(weight), weight.stride(0),
           weight.stride(1),        weight.stride(2),  weight.stride(3)};
@@ -122,9 +129,10 @@ Tensor slim_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Te
   }
   Tensor y = at::empty(size, x.options().memory_format(format));  // [N, out, OH, OW]
   if (y.numel() == 0) return y;
-  if (const auto* kernels = depthwise_kernels_for(x, channels_adjacent(y), x.size(1), out_channels, geometry)) {
+  const auto* small_groups = depthwise_kernels_for(x, channels_adjacent(y), x.size(1), out_channels, geometry);
+  if (small_groups && !is_left_to_torch(x, x.size(1), geometry, 0)) {
     const Tensor input = nhwc(x), float_bias = b ? b->to(at::kFloat).contiguous() : Tensor();
-    depthwise_forward(*kernels, x.size(0), geometry.axis(0, x.sizes(), size, weight.sizes()),
+    depthwise_forward(*small_groups, x.size(0), geometry.axis(0, x.sizes(), size, weight.sizes()),
                       geometry.axis(1, x.sizes(), size, weight.sizes()), image(input), grouped(weight),
                       b ? float_bias.const_data_ptr<float>() : nullptr, image(y), out_channels,
                       static_cast<int>(out_channels / groups));
@@ -155,9 +163,10 @@ Tensor slim_conv2d_input_grad(const Tensor& dy, const Tensor& weight, IntArrayRe
   if (dy.numel() == 0) return dx.zero_();
   const ConvAxis h = geometry.axis(0, input_size, dy.sizes(), weight.sizes());
   const ConvAxis w = geometry.axis(1, input_size, dy.sizes(), weight.sizes());
-  if (const auto* kernels = depthwise_kernels_for(dy, channels_adjacent(dx), input_size[1], dy.size(1), geometry)) {
+  const auto* small_groups = depthwise_kernels_for(dy, channels_adjacent(dx), input_size[1], dy.size(1), geometry);
+  if (small_groups && !is_left_to_torch(dy, input_size[1], geometry, weight.size(3))) {
     const Tensor output = nhwc(dy);
-    depthwise_input_grad(*kernels, dy.size(0), h, w, image(output), grouped(weight), image(dx), input_size[1],
+    depthwise_input_grad(*small_groups, dy.size(0), h, w, image(output), grouped(weight), image(dx), input_size[1],
                          static_cast<int>(input_size[1] / groups));
     return dx;
   }
@@ -191,7 +200,9 @@ void slim_conv2d_weight_grad_(const Tensor& dy, const Tensor& x, Tensor& dweight
   if (dy.numel() == 0) return;
   Tensor target = slice(dweight, dy.size(1), x.size(1), groups);  // [out, in / groups, KH, KW]
   const bool any_nhwc = channels_adjacent(x) || channels_adjacent(dy);
-  const auto* small_groups = depthwise_kernels_for(x, any_nhwc, x.size(1), dy.size(1), geometry);
+  const auto* small_groups = is_left_to_torch(x, x.size(1), geometry, dweight.size(3))
+                                 ? nullptr
+                                 : depthwise_kernels_for(x, any_nhwc, x.size(1), dy.size(1), geometry);
   const Kernels* kernels = kernels_for(x, any_nhwc, geometry);
   if (!small_groups && !kernels) {
     // Of w only the shape and the memory format matter.

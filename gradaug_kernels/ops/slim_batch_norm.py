@@ -221,6 +221,47 @@ def _precomputed_backward(ctx, dy):
 _apply_precomputed = differentiable(_slim_batch_norm_precomputed, _precomputed_setup_context, _precomputed_backward)
 
 
+# ---- running statistics
+
+
+def slim_batch_norm_record__reference(running_mean, running_var, num_batches, mean, var, values, momentum):
+    num_batches += 1
+    factor = 1.0 / float(num_batches) if momentum is None else momentum
+    channels, unbiased = mean.shape[0], var * (values / (values - 1))
+    running_mean[:channels].lerp_(mean.to(running_mean.dtype), factor)
+    running_var[:channels].lerp_(unbiased.to(running_var.dtype), factor)
+
+
+_slim_batch_norm_record_ = define(
+    "slim_batch_norm_record_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!) num_batches, Tensor mean, "
+    "Tensor var, SymInt values, float? momentum) -> ()",
+    slim_batch_norm_record__reference,
+    lambda *arguments: None,
+)
+
+
+@torch.no_grad()
+def slim_batch_norm_record_(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    values: int,
+    momentum: float | None,
+) -> None:
+    """Move the first running statistics towards those of a batch, as nn.BatchNorm2d does.
+
+    Args:
+        running_mean, running_var: [F], floating point, changed in place: the first C of them.
+        num_batches: [] int64, increased by one.
+        mean, var: [C], C <= F: of the batch, var the biased variance.
+        values: that each of them is taken of, at least 2.
+        momentum: the weight of the batch; None is 1 / num_batches, the average of all batches.
+    """
+    _slim_batch_norm_record_(running_mean, running_var, num_batches, mean, var, values, momentum)
+
+
 # ---- public function
 
 
