@@ -1,8 +1,8 @@
 """Draws the README's figures from the rows of one folder: `python -m benchmarks.plot [FOLDER]`.
 
 Writes step.png, layers.png, throughput.png and memory.png beside the CSV files, each if there are rows for it. Of rows
-that measure the same thing the last one counts, beside eager in its own run; what ours did behind a red gate is not
-drawn.
+that measure the same thing the last one counts, beside eager in its own run, and of several devices the one that was
+measured last; what ours did behind a red gate is not drawn.
 """
 
 import argparse
@@ -40,6 +40,8 @@ def draw_all(folder: Path) -> list[Path]:
     ):
         chosen = [row for row in rows if row["bench"] == bench or (bench[0] == "." and row["bench"].endswith(bench))]
         if chosen:
+            device = max(chosen, key=lambda row: row["date"])["device"]
+            chosen = [row for row in chosen if row["device"] == device]
             written.append(folder / f"{name}.png")
             draw(chosen).savefig(written[-1], dpi=150, bbox_inches="tight")
     return written

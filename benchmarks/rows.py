@@ -88,9 +88,12 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{model} {torch.backends.cpu.get_cpu_capability()}"
+    lines = cpuinfo.read_text().split("\n\n")[0].splitlines() if cpuinfo.exists() else []  # of the first processor
+    found = {key.strip(): value.strip() for key, colon, value in (line.partition(":") for line in lines)}
+    name = found.get("model name", platform.machine())
+    # A virtual machine may hide which of a family it is.
+    generation = f" (family {found['cpu family']}, model {found['model']})" if "cpu family" in found else ""
+    return f"{name}{generation} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _version(package: str) -> str:
