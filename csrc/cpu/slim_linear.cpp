@@ -11,6 +11,7 @@ namespace {
 
 using at::Tensor;
 
+constexpr int64_t kFewRows = 32;     // of 16-bit operands, which are as soon converted to floats
 constexpr int64_t kBlock = 1 << 17;  // elements of the weight gradient that are computed at a time
 
 struct NoAutocast {
@@ -37,6 +38,8 @@ void slim_linear_weight_grad_(const Tensor& dy, const Tensor& x, Tensor& dweight
   Tensor target = dweight.narrow(0, 0, dy2.size(1)).narrow(1, 0, x2.size(1));  // [out, F]
   if (target.scalar_type() == x.scalar_type()) {
     target.addmm_(dy2.t(), x2);
+  } else if (target.scalar_type() == at::kFloat && x2.size(0) <= kFewRows) {
+    target.addmm_(dy2.to(at::kFloat).t(), x2.to(at::kFloat));
   } else {
     // In blocks of rows: the product, and its copy in the target's dtype, would be as large as the weight.
     const int64_t rows = std::max<int64_t>(64, kBlock / std::max<int64_t>(1, x2.size(1)));
