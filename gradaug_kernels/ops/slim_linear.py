@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._library import autocast_rule, define, differentiable, differentiable_into_buffer, differentiable_once
-from ._common import autocast_parameter, bias_grad, check_gradient_buffer, check_same_dtype_and_device, in_autocast
+from ._common import bias_grad, check_gradient_buffer, check_same_dtype_and_device, in_autocast
 
 
 def check_slim_linear(x, weight, bias, out_features) -> None:
@@ -88,6 +88,8 @@ _slim_linear_weight_grad_ = define(
 
 
 def slim_linear_weight_grad_reference(dy, x, weight):
+    if (dy.shape[-1], x.shape[-1]) == weight.shape and dy.dtype == weight.dtype and weight.is_contiguous():
+        return dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])  # nothing is outside the slice
     dweight = torch.zeros_like(weight)
     _slim_linear_weight_grad_(dy, x, dweight)
     return dweight
@@ -136,7 +138,7 @@ differentiable_once(_slim_linear_input_grad, _slim_linear_weight_grad)
 
 @autocast_rule(_slim_linear)
 def _autocast(dtype, x, weight, bias, out_features):
-    return x.to(dtype), autocast_parameter(dtype, weight), autocast_parameter(dtype, bias), out_features
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), out_features  # for both directions
 
 
 # ---- public function
