@@ -81,13 +81,13 @@ def network(name: str, batch: int | None = None, size: int | None = None) -> Net
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer as a network calls it at one width.
+    """One layer as a network calls it at one width, or two that run in one operator, its parts.
 
     arguments are those of its torch.nn class at full width; x and y the shapes of its input and output. A batch norm
     has residual and relu where the network adds and rectifies its output.
     """
 
-    op: str  # slim_conv2d, slim_linear or slim_batch_norm
+    op: str  # slim_conv2d, slim_linear, slim_batch_norm, or max_pool2d as a part; of two parts their common operator
     arguments: tuple[tuple[str, object], ...]
     width: float
     divisor: int
@@ -97,9 +97,14 @@ class Layer:
     needs_dx: bool
     residual: bool = False
     relu: bool = False
+    parts: tuple["Layer", ...] = ()
 
     def __str__(self) -> str:
+        if self.parts:
+            return " | ".join(str(part).removesuffix(f" w{self.width:g}") for part in self.parts) + f" w{self.width:g}"
         options = dict(self.arguments)
+        if self.op == "max_pool2d":
+            return f"max pool {options['kernel_size']} stride {options['stride']} w{self.width:g}"
         text = f"{self.x[1]}" if self.op == "slim_batch_norm" else f"{self.x[1]}->{self.y[1]}"
         if self.op == "slim_conv2d":
             kernel, stride, groups = options["kernel_size"], options["stride"], options["groups"]
@@ -119,41 +124,60 @@ _ARGUMENTS = {
     ),
     gk.SlimLinear: ("slim_linear", ("in_features", "out_features")),
     gk.SlimBatchNorm2d: ("slim_batch_norm", ("num_features", "eps", "momentum")),
+    nn.MaxPool2d: ("max_pool2d", ("kernel_size", "stride", "padding")),
 }
 
 
 def called_layers(net: Network, width: float, divisor: int = 1) -> list[Layer]:
-    """Every layer of `net` at `width` in the order of its calls, found by hooks while it runs on shapes alone."""
-    layers = []
+    """Every layer of `net` at `width` in the order of its calls, found by hooks while it runs on shapes alone.
+
+    And after them every two that run in one operator.
+    """
+    calls: list[tuple[str, Layer]] = []
 
     def record(module, args, output):
         x, residual, relu = (*args, None, False)[:3] if len(args) == 1 else args
         op, names = _ARGUMENTS[type(module)]
         arguments = {name: getattr(module, name) for name in names}
-        if op != "slim_batch_norm":
+        if op in ("slim_conv2d", "slim_linear"):
             arguments["bias"] = module.bias is not None
-        layers.append(
-            Layer(
-                op,
-                tuple(arguments.items()),
-                width,
-                getattr(module, "divisor", 1),
-                getattr(module, "slim_out", True),
-                tuple(x.shape),
-                tuple(output.shape),
-                x.requires_grad,
-                residual is not None,
-                relu,
-            )
+        layer = Layer(
+            op,
+            tuple(arguments.items()),
+            width,
+            getattr(module, "divisor", 1),
+            getattr(module, "slim_out", True),
+            tuple(x.shape),
+            tuple(output.shape),
+            x.requires_grad,
+            residual is not None,
+            relu,
         )
+        calls.append((names_of[module], layer))
 
-    model = gk.convert(net.build("cpu"), divisor=divisor)
-    for module in model.modules():
-        if type(module) in _ARGUMENTS:
-            module.register_forward_hook(record)
+    model = gk.convert(net.build("cpu"), divisor=divisor, recompute=True)
+    names_of = {module: name for name, module in model.named_modules() if type(module) in _ARGUMENTS}
+    for module in names_of:
+        module.register_forward_hook(record)
     with gk.use_width(model, width), FakeTensorMode(allow_non_fake_inputs=True):
         model(torch.empty(net.batch, 3, net.size, net.size))
-    return layers
+    return [layer for _, layer in calls if layer.op != "max_pool2d"] + _pairs(calls, gk.fused_chains(model))
+
+
+def _pairs(calls: list[tuple[str, Layer]], chains: dict[str, str]) -> list[Layer]:
+    """The layers that run in one operator, by what each batch norm is said to run with; chains are called in order."""
+    found = []
+    for i, (name, _) in enumerate(calls):
+        chain = chains.get(name, "")
+        for op, first, joined in (
+            ("slim_conv2d_norm", i - 1, chain.startswith("recomputed convolution")),
+            ("slim_norm_conv2d", i, chain.endswith("+ convolution")),
+            ("slim_norm_max_pool2d", i, chain.endswith("+ max_pool")),
+        ):
+            if joined:
+                (_, a), (_, b) = calls[first : first + 2]
+                found.append(Layer(op, (), a.width, a.divisor, True, a.x, b.y, a.needs_dx, b.residual, parts=(a, b)))
+    return found
 
 
 def distinct_layers(net: Network, width: float) -> dict[Layer, Layer]:

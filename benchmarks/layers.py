@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import bench_slim_batch_norm, bench_slim_conv2d, bench_slim_linear
+from . import (
+    bench_slim_batch_norm,
+    bench_slim_conv2d,
+    bench_slim_conv2d_norm,
+    bench_slim_linear,
+    bench_slim_norm_conv2d,
+    bench_slim_norm_max_pool2d,
+)
 from .cases import DTYPES, Layer, distinct_layers, network
 from .gate import Gate, check, speedups
 from .memory import keep_freed_blocks, peak_bytes
@@ -18,6 +25,9 @@ BENCHES = {
     "slim_conv2d": bench_slim_conv2d,
     "slim_linear": bench_slim_linear,
     "slim_batch_norm": bench_slim_batch_norm,
+    "slim_norm_conv2d": bench_slim_norm_conv2d,
+    "slim_conv2d_norm": bench_slim_conv2d_norm,
+    "slim_norm_max_pool2d": bench_slim_norm_max_pool2d,
 }
 
 
@@ -39,7 +49,7 @@ class LayerRun:
         self.module = module.to(device).to(memory_format=torch.channels_last)
         self.inputs = [draw(layer.x).requires_grad_(layer.needs_dx)]
         if layer.residual:
-            self.inputs.append(draw(layer.x).requires_grad_())
+            self.inputs.append(draw(layer.y).requires_grad_())
         self.dy = draw(layer.y)
         self.autocast_dtype = None if dtype in (torch.float32, torch.float64) else dtype
         self.accumulates = layer.width < 1
@@ -68,7 +78,7 @@ class LayerRun:
         found |= {
             f"d{name}": x.grad for name, x in zip(("x", "residual"), self.inputs, strict=False) if x.requires_grad
         }
-        return found | {f"d{name.split('.')[-1]}": p.grad.clone() for name, p in self.module.named_parameters()}
+        return found | {f"d{name}": p.grad.clone() for name, p in self.module.named_parameters()}
 
 
 def make_layer_run(
@@ -95,7 +105,7 @@ def gate_layer(layer: Layer, dtype: torch.dtype, device: torch.device, ours: Lay
 
 def layer_work(layer: Layer, dtype: torch.dtype) -> dict[str, float]:
     bench = BENCHES[layer.op]
-    work = bench.work(layer, dtype.itemsize) if layer.op == "slim_batch_norm" else bench.work(layer)
+    work = bench.work(layer, dtype.itemsize) if bench.UNIT == "GB/s" else bench.work(layer)
     return work | {"total": sum(work.values())}
 
 
@@ -117,7 +127,7 @@ def run_layers(
         for layer, layer8 in distinct_layers(network(model, batch, size), width).items()
     ]
     table = Table("forward + backward", *(f"{name} ms" for name in providers), "rate", "x eager", "x best", width=64)
-    rows, ratios, red = [], [], []
+    rows, ratios, red = [], {False: [], True: []}, []
     for model, layer, layer8 in tqdm(cases, desc="layers", disable=None):
         measured, gate = measure_layer(model, layer, layer8, dtype, providers, repeats, device)
         rows += measured
@@ -129,8 +139,11 @@ def run_layers(
         if not gate.green:
             red.append(f"{case}: {gate}")
         elif row.x_best is not None:
-            ratios.append((row.x_eager, row.x_best, case))
-    _summarise(ratios, red)
+            ratios[bool(layer.parts)].append((row.x_eager, row.x_best, case))
+    _summarise("layers", ratios[False])
+    _summarise("pairs of layers in one operator", ratios[True])
+    for case in red:
+        tqdm.write(f"no speed-up for {case}")
     return rows
 
 
@@ -168,14 +181,12 @@ def measure_layer(
     return rows, gate
 
 
-def _summarise(ratios: list[tuple[float | None, float, str]], red: list[str]) -> None:
+def _summarise(what: str, ratios: list[tuple[float | None, float, str]]) -> None:
     if ratios:
         mean, worst = geometric_mean([best for _, best, _ in ratios]), min(ratios, key=lambda found: found[1])
-        tqdm.write(f"{len(ratios)} layers, geometric mean and worst:")
+        tqdm.write(f"{len(ratios)} {what}, geometric mean and worst:")
         tqdm.write(f"against the best baseline {mean:.2f}x, worst {worst[1]:.2f}x ({worst[2]})")
         if all(ratio is not None for ratio, _, _ in ratios):
             worst = min(ratios)
             mean = geometric_mean([ratio for ratio, _, _ in ratios])
             tqdm.write(f"against plain eager {mean:.2f}x, worst {worst[0]:.2f}x ({worst[2]})")
-    for case in red:
-        tqdm.write(f"no speed-up for {case}")

@@ -15,7 +15,14 @@ from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
 COLOURS = {"ours": "#c23b22", "recompute": "#e39b8f", "eager": "#9a9a9a", "compile": "#4b7bab", "eager8": "#d4b15f"}
-OP_COLOURS = {"slim_conv2d": "#c23b22", "slim_batch_norm": "#4b7bab", "slim_linear": "#d4b15f"}
+OP_COLOURS = {
+    "slim_conv2d": "#c23b22",
+    "slim_batch_norm": "#4b7bab",
+    "slim_linear": "#d4b15f",
+    "slim_norm_conv2d": "#7a4b9a",
+    "slim_conv2d_norm": "#3f8f5a",
+    "slim_norm_max_pool2d": "#333333",
+}
 
 Rows = list[dict[str, str]]
 

@@ -122,7 +122,7 @@ def test_a_wrong_layer_has_no_speedup(monkeypatch, capsys, tmp_path):
     assert main(["layers", *TINY, *options]) == 1
     lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(("RED GATE", "RED GATE          "))]
     rows = [row for row in json.loads((tmp_path / "rows.json").read_text()) if row["provider"] == "ours"]
-    convolutions = [row for row in rows if row["bench"].startswith("slim_conv2d")]
+    convolutions = [row for row in rows if "conv2d" in row["bench"]]  # alone and in pairs
     assert len(lines) == len({row["case"] for row in convolutions}) > 0
     for row in rows:
         red = row in convolutions
@@ -206,7 +206,7 @@ def test_peak_memory_is_exact_and_above_what_was_held():
 
 
 def test_layers_of_a_network_are_found():
-    layers = called_layers(network("mobilenet_v3_small"), 0.8)
+    layers = [layer for layer in called_layers(network("mobilenet_v3_small"), 0.8) if not layer.parts]
     names = [str(layer) for layer in layers]
     assert names[0] == "3->13 3x3 stride 2 @224 w0.8"
     assert "13->13 3x3 stride 2 depthwise @112 w0.8" in names
@@ -241,3 +241,18 @@ def test_the_cases_run_under_pytest_benchmark():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 passed" in done.stdout
+
+
+def test_pairs_of_layers_in_one_operator():
+    pairs = [layer for layer in called_layers(network("resnet50"), 0.9) if layer.parts]
+    ops = [layer.op for layer in pairs]
+    assert {op: ops.count(op) for op in set(ops)} == {
+        "slim_norm_conv2d": 32,
+        "slim_conv2d_norm": 20,
+        "slim_norm_max_pool2d": 1,
+    }
+    assert all(layer.parts[0].y == layer.parts[1].x for layer in pairs)
+    names = [str(layer) for layer in pairs]
+    assert names[0] == "58 + relu @112 | max pool 3 stride 2 w0.9"
+    assert "58 + relu @56 | 58->58 3x3 @56 w0.9" in names
+    assert "58->230 1x1 @56 | 230 + add + relu @56 w0.9" in names
