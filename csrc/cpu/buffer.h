@@ -7,8 +7,8 @@
 
 namespace gradaug::cpu {
 
-// Floats, not initialised, aligned to a cache line. Large blocks are in huge pages: the system needs as long to provide
-// a block in small ones as a convolution needs to fill it.
+// Floats, not initialised, aligned to a cache line. Large blocks are in huge pages where the system has them: some
+// systems need as long to provide a block in small ones as a convolution needs to fill it.
 class Buffer {
  public:
   explicit Buffer(int64_t floats);
