@@ -12,9 +12,9 @@ def assert_as_accurate(
     The root-mean-square and the largest error are compared, with an eighth of a unit in the last place to spare for the
     first and one unit for the second (an exact PyTorch result may be luck, and so may the largest of a few), or half a
     unit of `terms`, the size of what cancels in a sum. PyTorch's root-mean-square is that of n errors, which tells its
-    size to one part in sqrt(2 n): for few values the bound is that of the largest error. A gradient must also point as well in the right direction, as far as `terms` tells
-    it, and be no more biased towards or away from zero, which hides under any elementwise tolerance; `sharing` values
-    have a rounding in common (all of a channel have its scale).
+    size to one part in sqrt(2 n): for few values the bound is that of the largest error. A gradient must also point as
+    well in the right direction, as far as `terms` tells it, and be no more biased towards or away from zero, which
+    hides under any elementwise tolerance; `sharing` values have a rounding in common (all of a channel have its scale).
     """
     assert ours.shape == exact.shape
     assert exact.dtype == torch.float64
