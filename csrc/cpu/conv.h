@@ -13,6 +13,7 @@
 namespace gradaug::cpu {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // [N, H, W, C] with any strides of N, H and W, counted in elements; channels are adjacent.
 struct Image {

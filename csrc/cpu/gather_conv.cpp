@@ -97,13 +97,15 @@ void gather_conv(const Kernels& kernels, int64_t batch, const GatherAxis& h_axis
   // Block of output pixels: rows x width.
   const int64_t band_rows = span(h) + 1, output_pixel = columns * size_of(y.dtype) / 4;
   const int64_t fits = (kBandUnits - band_rows * span(w) * pixel) / (band_rows * step_w * pixel + output_pixel);
-  int64_t width = std::min(std::max(fits, kMinPixels), w.outputs);
-  int64_t across = ceil_div(w.outputs, width);
   const int64_t threads = at::get_num_threads();
-  if (h.outputs == 1 && batch == 1) across = std::max(across, std::min(threads * 2, w.outputs / kMinPixels));
-  width = ceil_div(w.outputs, across);
-  if (across > 1) width = ceil_div(width, kernels.max_rows) * kernels.max_rows;
-  across = ceil_div(w.outputs, width);
+  int64_t across = ceil_div(w.outputs, std::min(std::max(fits, kMinPixels), w.outputs));
+  if (h.outputs == 1 && batch == 1) {  // nothing else to share: as many blocks for each thread
+    across = std::max(across, std::min(threads * 2, w.outputs / kMinPixels));
+    if (across > threads) across = round_up(across, threads);
+  }
+  const int64_t unit = across > 1 ? kernels.max_rows : 1;
+  across = std::min(across, ceil_div(w.outputs, unit));
+  const int64_t width = ceil_div(ceil_div(w.outputs, unit), across) * unit;
   const int64_t band_width = (width - 1) * step_w + span(w) + 1;
   int64_t rows = (kBandUnits - span(h) * band_width * pixel) / (step_h * band_width * pixel + width * output_pixel);
   rows = std::clamp<int64_t>(rows, 1, h.outputs);
@@ -139,11 +141,12 @@ void gather_conv(const Kernels& kernels, int64_t batch, const GatherAxis& h_axis
   // What a task reads of x, row by row, is fetched during the task before it: as many lines in each call.
   const auto source = [&](int64_t task) {
     const int64_t block = task / shares, n = block / (down * across);
-    const int64_t q0 = block / across % down * rows, p0 = block % across * width;
+    const int64_t q0 = block / across % down * rows;
+    const Range columns = Range{0, w.outputs}.part(block % across, across, unit);
     const Range valid_h = {std::max<int64_t>(0, q0 * h.step + h.offset[0]),
                            std::min(h.inputs, (q0 + rows - 1) * h.step + h.offset[0] + span(h) + 1)};
-    const Range valid_w = {std::max<int64_t>(0, p0 * w.step + w.offset[0]),
-                           std::min(w.inputs, (p0 + width - 1) * w.step + w.offset[0] + span(w) + 1)};
+    const Range valid_w = {std::max<int64_t>(0, columns.begin * w.step + w.offset[0]),
+                           std::min(w.inputs, (columns.end - 1) * w.step + w.offset[0] + span(w) + 1)};
     return Prefetch(x.at(n, valid_h.begin, valid_w.begin), valid_h.size(), x.h * size_of(x.dtype),
                     ((valid_w.size() - 1) * x.w + depth) * size_of(x.dtype));
   };
@@ -153,8 +156,9 @@ void gather_conv(const Kernels& kernels, int64_t batch, const GatherAxis& h_axis
     const Buffer memory(direct ? 0 : shape.units());
     for (int64_t task = begin; task < end; task++) {
       const int64_t share = task % shares, block = task / shares;
-      const int64_t n = block / (down * across), q0 = block / across % down * rows, p0 = block % across * width;
-      const int64_t block_rows = std::min(rows, h.outputs - q0), block_width = std::min(width, w.outputs - p0);
+      const int64_t n = block / (down * across), q0 = block / across % down * rows;
+      const Range columns = Range{0, w.outputs}.part(block % across, across, unit);
+      const int64_t p0 = columns.begin, block_width = columns.size(), block_rows = std::min(rows, h.outputs - q0);
       const float* a;
       if (direct) {
         a = reinterpret_cast<const float*>(x.at(n, q0 * h.step + h.offset[0], p0 * w.step + w.offset[0]));

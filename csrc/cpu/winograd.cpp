@@ -40,8 +40,6 @@ constexpr int kMaxInputs = 36, kMaxOutputs = 16;  // of a tile
 // The length of a sum in registers: float32's error is nothing beside the rounding of 16-bit images.
 int64_t chunk(const Image& image) { return image.dtype == Dtype::f32 ? kShortChunk : INT64_MAX; }
 
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
 // Tiles of m x m outputs of a batch, in the order of images, rows and columns.
 struct Tiles {
   int64_t m, batch, height, width;  // of the outputs
