@@ -81,11 +81,11 @@ struct Kernels {
   // dst[k / panel][p][k % panel]: as load_pixels, in panels that are dst_panel apart, zeros up to whole panels.
   void (*load_panels)(float* dst, int64_t dst_panel, const void* src, int64_t src_pixel, Dtype dtype, int64_t pixels,
                       int64_t channels);
-  // Pairs along pixels: dst[p][k / width][k % width] = bfloat16 channels k of the pixels 2p and 2p + 1, for p < pairs;
-  // pairs are dst_pixel and panels dst_panel apart. Zeros for pixels outside of [begin, end), and up to whole panels.
+  // Pairs of bfloat16 pixels: dst[p][k / width][k % width] = channels k of the p-th pixels of `first` and of `second`,
+  // zeros where that is null, for p < pixels; pairs are dst_pixel and panels dst_panel apart. Zeros up to whole panels.
   // For pair = 2 only.
-  void (*zip_panels)(float* dst, int64_t dst_pixel, int64_t width, int64_t dst_panel, const uint16_t* src,
-                     int64_t src_pixel, int64_t begin, int64_t end, int64_t pairs, int64_t channels);
+  void (*zip_panels)(float* dst, int64_t dst_pixel, int64_t width, int64_t dst_panel, const uint16_t* first,
+                     const uint16_t* second, int64_t src_pixel, int64_t pixels, int64_t channels);
   const WinogradKernels* winograd[2];  // m = 2, 4
 };
 

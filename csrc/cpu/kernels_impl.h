@@ -326,19 +326,17 @@ struct Impl {
     }
   }
 
-  static void zip_panels(float* dst, int64_t dst_pixel, int64_t width, int64_t dst_panel, const uint16_t* src,
-                         int64_t src_pixel, int64_t begin, int64_t end, int64_t pairs, int64_t channels) {
+  static void zip_panels(float* dst, int64_t dst_pixel, int64_t width, int64_t dst_panel, const uint16_t* first,
+                         const uint16_t* second, int64_t src_pixel, int64_t pixels, int64_t channels) {
     if constexpr (S::pair == 2) {
-      for (int64_t p = 0; p < pairs; p++, dst += dst_pixel) {
-        const uint16_t* first = 2 * p >= begin && 2 * p < end ? src + 2 * p * src_pixel : nullptr;
-        const uint16_t* second = 2 * p + 1 >= begin && 2 * p + 1 < end ? src + (2 * p + 1) * src_pixel : nullptr;
+      for (int64_t p = 0; p < pixels; p++, dst += dst_pixel, first += src_pixel, second += second ? src_pixel : 0) {
         float* to = dst;
         for (int64_t k = 0; k < channels; k += width, to += dst_panel) {
           for (int64_t j = 0; j < width; j += S::lanes) {
             const int64_t c = k + j, left = channels - c;
-            const V units = left >= S::lanes && first && second ? S::zip(first + c, second + c)
-                            : left > 0 ? S::zip(first ? first + c : nullptr, second ? second + c : nullptr, left)
-                                       : S::zero();
+            const V units = left >= S::lanes && second ? S::zip(first + c, second + c)
+                            : left > 0                 ? S::zip(first + c, second ? second + c : nullptr, left)
+                                                       : S::zero();
             S::store(to + j, units, width - j);
           }
         }

@@ -1,12 +1,10 @@
 // Weight gradient of a convolution, a matrix product that sums over pixels:
 // 1. threads share the output channels of a large weight, and the pixels of a small one (each then has its own sum);
 // 2. a thread takes blocks of a few hundred pixels and copies them to adjacent memory, x in panels of 32 channels,
-// where
-//    they are not in that form already; the next block is fetched from memory meanwhile.
-//    Pairs of bfloat16 pixels are zipped into units: dy once, x once for each column of the kernel;
+//    where they are not in that form already; the next block is fetched from memory meanwhile.
+//    bfloat16 units are pairs of the same pixel of two images, so that a tap shifts pairs as it shifts pixels;
 // 3. for each panel and tap, tiles of up to 14 output channels sum the block in registers, over those pixels that the
-// tap
-//    finds inside the image, and are added to the gradient;
+//    tap finds inside the image, and are added to the gradient;
 // 4. where threads shared the pixels, their sums are added in the order of the threads.
 #include <algorithm>
 #include <cstring>
@@ -18,6 +16,10 @@
 namespace gradaug::cpu {
 namespace {
 
+// What stays in the second-level cache while a block is summed: of pairs dy, which every panel of x meets; of floats,
+// which are twice as many bytes, also x, and the next block of both. Fitted to Zen 5.
+constexpr int64_t kPairUnits = 64 * 1024, kFloatUnits = 80 * 1024;
+
 // Those outputs of `range` whose input at `tap` is inside the image.
 Range inside(const ConvAxis& axis, int64_t tap, Range range) {
   const int64_t shift = axis.padding - tap * axis.dilation;  // input = stride * output - shift
@@ -26,7 +28,7 @@ Range inside(const ConvAxis& axis, int64_t tap, Range range) {
   return {std::max(range.begin, first), std::min(range.end, last < 0 ? 0 : last / axis.stride + 1)};
 }
 
-// Images, rows and columns of outputs that a thread sums over before it touches the gradient.
+// Images (or pairs of them), rows and columns of outputs that a thread sums over before it touches the gradient.
 struct Block {
   Range images, rows, columns;
 };
@@ -38,7 +40,6 @@ struct Blocks {
   Blocks(int64_t batch, int64_t height, int64_t width, int64_t pixels) : batch(batch), height(height), width(width) {
     columns = std::min(width, pixels);
     columns = ceil_div(width, ceil_div(width, columns));
-    columns += columns < width ? columns % 2 : 0;  // a pair of pixels is not divided
     rows = std::clamp<int64_t>(pixels / columns, 1, height);
     rows = ceil_div(height, ceil_div(height, rows));
     images = rows == height ? std::clamp<int64_t>(pixels / (columns * rows), 1, batch) : 1;
@@ -74,27 +75,19 @@ class Scratch {
 // The sum of one thread: output channels `out`, pixels of `blocks`, added to dweight.
 class Sum {
  public:
-  Sum(const Kernels& kernels, const ConvAxis& h, const ConvAxis& w, const Image& dy, const Image& x, int64_t in,
-      Range out, const WeightGrad& dweight)
-      : kernels_(kernels), h_(h), w_(w), dy_(dy), x_(x), in_(in), out_(out), dweight_(dweight) {}
+  Sum(const Kernels& kernels, int64_t batch, const ConvAxis& h, const ConvAxis& w, const Image& dy, const Image& x,
+      int64_t in, Range out, const WeightGrad& dweight)
+      : kernels_(kernels), batch_(batch), h_(h), w_(w), dy_(dy), x_(x), in_(in), out_(out), dweight_(dweight) {}
 
   // next: the block after this one, whose memory is fetched meanwhile.
   void add(const Block& block, const Block& next) {
-    const Units dy = outputs(block);
+    const Units dy = outputs(block), x = inputs(block);
     next_dy_ = fetching(dy_, next.images, next.rows, next.columns, h_.outputs, out_.size());
     next_x_ = fetching(x_, next.images, input_range(h_, next.rows), input_range(w_, next.columns), h_.inputs, in_);
     const int64_t calls = ceil_div(in_, kernels_.panel) * w_.kernel * h_.kernel;
     dy_lines_ = ceil_div(next_dy_.lines(), calls), x_lines_ = ceil_div(next_x_.lines(), calls);
-    if (kernels_.pair == 1) {
-      const Units x = input_pixels(block);
-      for (int64_t i = 0; i < in_; i += kernels_.panel) {
-        for (int64_t kw = 0; kw < w_.kernel; kw++) add_taps(block, dy, x, kw, i);
-      }
-    } else {
-      for (int64_t kw = 0; kw < w_.kernel; kw++) {
-        const Units x = input_pairs(block, kw);
-        for (int64_t i = 0; i < in_; i += kernels_.panel) add_taps(block, dy, x, kw, i);
-      }
+    for (int64_t i = 0; i < in_; i += kernels_.panel) {
+      for (int64_t kw = 0; kw < w_.kernel; kw++) add_taps(block, dy, x, kw, i);
     }
   }
 
@@ -109,25 +102,34 @@ class Sum {
   // A kernel of one column reads only every stride-th column of x.
   int64_t column_step() const { return w_.kernel == 1 ? w_.stride : 1; }
 
-  // dy of the block: [images, rows, columns, out], or pairs of columns; where it is, if that is in units.
+  // `pixels` of a row of image n, or of images 2n and 2n + 1, in panels of `width` channels.
+  void load_row(float* to, int64_t to_pixel, int64_t width, int64_t to_panel, const Image& image, int64_t n, int64_t h,
+                int64_t w, int64_t step, int64_t pixels, Range channels) const {
+    const auto at = [&](int64_t i) { return image.at(i, h, w) + channels.begin * size_of(image.dtype); };
+    if (kernels_.pair == 2) {
+      const char* second = 2 * n + 1 < batch_ ? at(2 * n + 1) : nullptr;
+      kernels_.zip_panels(to, to_pixel, width, to_panel, reinterpret_cast<const uint16_t*>(at(2 * n)),
+                          reinterpret_cast<const uint16_t*>(second), image.w * step, pixels, channels.size());
+    } else if (width == kernels_.panel) {
+      kernels_.load_panels(to, to_panel, at(n), image.w * step, image.dtype, pixels, channels.size());
+    } else {
+      kernels_.load_pixels(to, to_pixel, at(n), image.w * step, image.dtype, pixels, channels.size());
+    }
+  }
+
+  // dy of the block: [images, rows, columns, out]; where it is, if that is in units.
   Units outputs(const Block& block) {
     if (kernels_.pair == 1 && dy_.dtype == Dtype::f32) {
       const char* first = dy_.at(block.images.begin, block.rows.begin, block.columns.begin);
       return {reinterpret_cast<const float*>(first) + out_.begin, 0, dy_.n, dy_.h, dy_.w};
     }
-    const int64_t channels = out_.size(), width = ceil_div(block.columns.size(), kernels_.pair);
+    const int64_t channels = out_.size(), width = block.columns.size();
     const int64_t row = width * channels, image = row * block.rows.size();
     float* to = dy_memory_.at_least(image * block.images.size());
     const Units units{to, 0, image, row, channels};
     for (int64_t n = block.images.begin; n < block.images.end; n++) {
       for (int64_t h = block.rows.begin; h < block.rows.end; h++, to += row) {
-        const char* from = dy_.at(n, h, block.columns.begin) + out_.begin * size_of(dy_.dtype);
-        if (kernels_.pair == 1) {
-          kernels_.load_pixels(to, channels, from, dy_.w, dy_.dtype, width, channels);
-        } else {
-          kernels_.zip_panels(to, channels, channels, 0, reinterpret_cast<const uint16_t*>(from), dy_.w, 0,
-                              block.columns.size(), width, channels);
-        }
+        load_row(to, channels, channels, 0, dy_, n, h, block.columns.begin, 1, width, out_);
       }
     }
     return units;
@@ -135,86 +137,61 @@ class Sum {
 
   // x of the block: [panels, images, input rows, input columns, panel], every step-th column; where it is, if that is
   // in units, one panel suffices, and a vector that begins in a pixel ends in the image.
-  Units input_pixels(const Block& block) {
+  Units inputs(const Block& block) {
     const Range rows = input_range(h_, block.rows), columns = input_range(w_, block.columns);
-    if (x_.dtype == Dtype::f32 && in_ <= kernels_.panel && w_.kernel == 1 && h_.kernel == 1) {
+    if (kernels_.pair == 1 && x_.dtype == Dtype::f32 && in_ <= kernels_.panel && w_.kernel == 1 && h_.kernel == 1) {
       const int64_t after = (w_.inputs - columns.end) * x_.w;  // floats of the same row
       if (after >= kernels_.panel || in_ % kernels_.lanes == 0) {
         const char* first = x_.at(block.images.begin, rows.begin, columns.begin);
         return {reinterpret_cast<const float*>(first), 0, x_.n, x_.h, x_.w * column_step()};
       }
     }
-    const int64_t width = ceil_div(columns.size(), column_step());
-    Units units = input_memory(block, width);
-    float* to = x_memory_.data();
+    const int64_t width = ceil_div(columns.size(), column_step()), panel = kernels_.panel;
+    const int64_t row = width * panel, image = row * rows.size(), size = image * block.images.size();
+    float* to = x_memory_.at_least(size * ceil_div(in_, panel));
+    const Units units{to, size, image, row, panel};
     for (int64_t n = block.images.begin; n < block.images.end; n++) {
-      for (int64_t h = rows.begin; h < rows.end; h++, to += units.h) {
-        kernels_.load_panels(to, units.panel, x_.at(n, h, columns.begin), x_.w * column_step(), x_.dtype, width, in_);
-      }
-    }
-    return units;
-  }
-
-  // The x that column kw of the kernel meets: [panels, images, input rows, pairs of output columns, panel]
-  Units input_pairs(const Block& block, int64_t kw) {
-    const Range rows = input_range(h_, block.rows), valid = inside(w_, kw, block.columns);
-    const int64_t width = ceil_div(block.columns.size(), 2);
-    const int64_t first = block.columns.begin * w_.stride - w_.padding + kw * w_.dilation;
-    Units units = input_memory(block, width);
-    float* to = x_memory_.data();
-    for (int64_t n = block.images.begin; n < block.images.end; n++) {
-      for (int64_t h = rows.begin; h < rows.end; h++, to += units.h) {
-        kernels_.zip_panels(to, kernels_.panel, kernels_.panel, units.panel,
-                            reinterpret_cast<const uint16_t*>(x_.at(n, h, first)), x_.w * w_.stride,
-                            valid.begin - block.columns.begin, valid.end - block.columns.begin, width, in_);
+      for (int64_t h = rows.begin; h < rows.end; h++, to += row) {
+        load_row(to, panel, panel, size, x_, n, h, columns.begin, column_step(), width, {0, in_});
       }
     }
     return units;
   }
 
   // The rows of some images, those of several only where they are evenly spaced.
-  static Prefetch fetching(const Image& image, Range images, Range rows, Range columns, int64_t height,
-                           int64_t channels) {
-    if (images.size() > 1 && image.n != height * image.h) return {};
-    return {image.at(images.begin, rows.begin, columns.begin), (images.size() - 1) * height + rows.size(),
-            image.h * size_of(image.dtype), ((columns.size() - 1) * image.w + channels) * size_of(image.dtype)};
-  }
-
-  Units input_memory(const Block& block, int64_t width) {
-    const int64_t row = width * kernels_.panel, image = row * input_range(h_, block.rows).size();
-    const int64_t panel = image * block.images.size();
-    return {x_memory_.at_least(panel * ceil_div(in_, kernels_.panel)), panel, image, row, kernels_.panel};
+  Prefetch fetching(const Image& image, Range images, Range rows, Range columns, int64_t height,
+                    int64_t channels) const {
+    images = {images.begin * kernels_.pair, std::min(images.end * kernels_.pair, batch_)};
+    const int64_t bytes = ((columns.size() - 1) * image.w + channels) * size_of(image.dtype);
+    if (images.size() == 1 || image.n == height * image.h) {
+      const int64_t count = (images.size() - 1) * height + rows.size();
+      return {image.at(images.begin, rows.begin, columns.begin), count, image.h * size_of(image.dtype), bytes};
+    }
+    if (rows.size() > 1) return {};
+    return {image.at(images.begin, rows.begin, columns.begin), images.size(), image.n * size_of(image.dtype), bytes};
   }
 
   // All rows of column kw of the kernel, panel i.
   void add_taps(const Block& block, const Units& dy, const Units& x, int64_t kw, int64_t i) {
-    // Columns of outputs (or pairs of them), and the column of x that the first of them meets.
-    Range columns{0, ceil_div(block.columns.size(), 2)};
-    int64_t x_column = 0, x_step = x.w;
-    if (kernels_.pair == 1) {
-      const Range valid = inside(w_, kw, block.columns);
-      columns = {valid.begin - block.columns.begin, valid.end - block.columns.begin};
-      x_column = (valid.begin * w_.stride - w_.padding + kw * w_.dilation - input_range(w_, block.columns).begin) /
-                 column_step();
-      x_step = x.w * w_.stride / column_step();
-    }
+    const Range columns = inside(w_, kw, block.columns);
     if (columns.size() <= 0) return;
+    const int64_t x_column =
+        (columns.begin * w_.stride - w_.padding + kw * w_.dilation - input_range(w_, block.columns).begin) /
+        column_step();
     for (int64_t kh = 0; kh < h_.kernel; kh++) {
-      const Range valid = inside(h_, kh, block.rows);
-      if (valid.size() <= 0) continue;
-      const int64_t x_row = valid.begin * h_.stride - h_.padding + kh * h_.dilation - input_range(h_, block.rows).begin;
-      const float* a = dy.data + (valid.begin - block.rows.begin) * dy.h + columns.begin * dy.w;
-      float* c = dweight_.data + kh * dweight_.h + kw * dweight_.w + i + out_.begin * dweight_.out;
+      const Range rows = inside(h_, kh, block.rows);
+      if (rows.size() <= 0) continue;
+      const int64_t x_row = rows.begin * h_.stride - h_.padding + kh * h_.dilation - input_range(h_, block.rows).begin;
       OuterTile tile{};
+      tile.a = dy.data + (rows.begin - block.rows.begin) * dy.h + (columns.begin - block.columns.begin) * dy.w;
       tile.b = x.data + i / kernels_.panel * x.panel + x_row * x.h + x_column * x.w;
-      tile.images = block.images.size(), tile.rows = valid.size(), tile.pixels = columns.size();
+      tile.images = block.images.size(), tile.rows = rows.size(), tile.pixels = columns.size();
       tile.a_image = dy.n, tile.a_row = dy.h, tile.a_pixel = dy.w;
-      tile.b_image = x.n, tile.b_row = x.h * h_.stride, tile.b_pixel = x_step;
+      tile.b_image = x.n, tile.b_row = x.h * h_.stride, tile.b_pixel = x.w * w_.stride / column_step();
+      tile.c = dweight_.data + kh * dweight_.h + kw * dweight_.w + i + out_.begin * dweight_.out;
       tile.c_row = dweight_.out;
-      tile.columns = std::min<int64_t>(kernels_.panel, in_ - i);
-      tile.a = a;
-      tile.c = c;
       tile.channels = out_.size();
+      tile.columns = std::min<int64_t>(kernels_.panel, in_ - i);
       next_dy_.fetch(dy_lines_);
       next_x_.fetch(x_lines_);
       kernels_.outer(tile);
@@ -222,6 +199,7 @@ class Sum {
   }
 
   const Kernels& kernels_;
+  const int64_t batch_;
   const ConvAxis h_, w_;
   const Image dy_, x_;
   const int64_t in_;
@@ -243,6 +221,14 @@ void few_channels(const Kernels& kernels, int64_t batch, const ConvAxis& h, cons
   const int64_t down = ceil_div(h.outputs, height), blocks = batch * down;
   const int64_t parts = std::min<int64_t>(at::get_num_threads(), blocks);
   std::vector<float> sums(parts * size);  // [parts, KH, row, out]
+  // Pairs of adjacent pixels of a row of outputs, the last perhaps with none.
+  const auto zip = [&](float* to, int64_t to_pixel, int64_t width, int64_t to_panel, const uint16_t* from,
+                       int64_t from_pixel, int64_t count) {
+    const int64_t whole = w.outputs / 2;
+    kernels.zip_panels(to, to_pixel, width, to_panel, from, from + from_pixel, 2 * from_pixel, whole, count);
+    kernels.zip_panels(to + whole * to_pixel, to_pixel, width, to_panel, from + 2 * whole * from_pixel, nullptr, 0,
+                       pixels - whole, count);
+  };
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     Band band{0,          1, (height - 1) * h.stride + (h.kernel - 1) * h.dilation + 1,
               -w.padding, 1, w.inputs + 2 * w.padding,
@@ -261,16 +247,14 @@ void few_channels(const Kernels& kernels, int64_t batch, const ConvAxis& h, cons
           float* to = dy_memory.data() + r * pixels * panel;
           const char* from = dy.at(n, first + r, 0);
           if (zipped) {
-            kernels.zip_panels(to, panel, panel, dy_panel, reinterpret_cast<const uint16_t*>(from), dy.w, 0, w.outputs,
-                               pixels, out);
+            zip(to, panel, panel, dy_panel, reinterpret_cast<const uint16_t*>(from), dy.w, out);
           } else {
             kernels.load_panels(to, dy_panel, from, dy.w, dy.dtype, pixels, out);
           }
         }
         for (int64_t r = 0; zipped && r < band.rows; r++) {
-          kernels.zip_panels(zipped_memory.data() + r * pixels * row, row, row, 0,
-                             reinterpret_cast<const uint16_t*>(band_memory.data() + r * band.row()),
-                             w.stride * channels, 0, w.outputs, pixels, row);
+          zip(zipped_memory.data() + r * pixels * row, row, row, 0,
+              reinterpret_cast<const uint16_t*>(band_memory.data() + r * band.row()), w.stride * channels, row);
         }
         const int64_t a_row = zipped ? pixels * row : band.row();
         for (int64_t kh = 0; kh < h.kernel; kh++) {
@@ -306,8 +290,10 @@ void few_channels(const Kernels& kernels, int64_t batch, const ConvAxis& h, cons
   }
 }
 
-// One row of all pixels, for 1x1 kernels on images whose pixels are evenly spaced in memory.
-void flatten(int64_t& batch, ConvAxis& h, ConvAxis& w, const Image& dy, const Image& x) {
+// For 1x1 kernels on images whose pixels are evenly spaced in memory: one row of all pixels, or, where pixels of two
+// images are paired, one row of either half of them.
+void flatten(int64_t pair, int64_t& batch, ConvAxis& h, ConvAxis& w, Image& dy, Image& x) {
+  const int64_t images = batch * h.outputs * w.outputs % pair == 0 ? pair : batch;
   for (const ConvAxis* axis : {&h, &w}) {
     if (axis->kernel != 1 || axis->stride != 1 || axis->padding != 0) return;
   }
@@ -317,23 +303,51 @@ void flatten(int64_t& batch, ConvAxis& h, ConvAxis& w, const Image& dy, const Im
       return;
     }
   }
-  w.inputs = w.outputs = batch * h.outputs * w.outputs;
-  h.inputs = h.outputs = batch = 1;
+  w.inputs = w.outputs = batch * h.outputs * w.outputs / images;
+  h.inputs = h.outputs = 1;
+  batch = images;
+  for (Image* image : {&dy, &x}) image->h = image->n = w.outputs * image->w;
+}
+
+// The pixels that a strided 1x1 kernel reads, in memory of their own: [batch, OH, OW, in].
+Image read_pixels(Buffer& memory, int64_t batch, const ConvAxis& h, const ConvAxis& w, const Image& x, int64_t in) {
+  const int64_t row = w.outputs * in, size = size_of(x.dtype);
+  memory = Buffer(ceil_div(batch * h.outputs * row * size, sizeof(float)));
+  Image pixels{memory.data(), x.dtype, h.outputs * row, row, in};
+  at::parallel_for(0, batch * h.outputs, ceil_div(32768, row), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t n = i / h.outputs, q = i % h.outputs;
+      for (int64_t p = 0; p < w.outputs; p++) {
+        std::memcpy(pixels.at(n, q, p), x.at(n, q * h.stride, p * w.stride), in * size);
+      }
+    }
+  });
+  return pixels;
 }
 
 }  // namespace
 
 void conv_weight_grad(const Kernels& kernels, int64_t batch, const ConvAxis& h_axis, const ConvAxis& w_axis,
-                      const Image& dy, int64_t out, const Image& x, int64_t in, const WeightGrad& dweight) {
+                      const Image& dy_image, int64_t out, const Image& x_image, int64_t in, const WeightGrad& dweight) {
   if (w_axis.kernel > 1 && w_axis.dilation == 1 && in <= 4) {
-    return few_channels(kernels, batch, h_axis, w_axis, dy, out, x, in, dweight);
+    return few_channels(kernels, batch, h_axis, w_axis, dy_image, out, x_image, in, dweight);
   }
-  if (winograd_weight_grad(kernels, batch, h_axis, w_axis, dy, out, x, in, dweight)) return;
+  if (winograd_weight_grad(kernels, batch, h_axis, w_axis, dy_image, out, x_image, in, dweight)) return;
   ConvAxis h = h_axis, w = w_axis;
-  flatten(batch, h, w, dy, x);
+  Image dy = dy_image, x = x_image;
+  Buffer pixels(0);
+  if (h.kernel * w.kernel == 1 && h.stride * w.stride > 1 && h.padding + w.padding == 0) {
+    x = read_pixels(pixels, batch, h, w, x_image, in);
+    h.inputs = h.outputs, w.inputs = w.outputs;
+    h.stride = w.stride = 1;
+  }
+  flatten(kernels.pair, batch, h, w, dy, x);
   const int64_t size = out * h.kernel * w.kernel * in, threads = at::get_num_threads();
   const int64_t out_parts = size <= 64 * 1024 ? 1 : std::min(threads, ceil_div(out, 2 * kernels.max_rows));
-  const Blocks blocks(batch, h.outputs, w.outputs, std::clamp<int64_t>(64 * 1024 * out_parts / out, 192, 512));
+  const int64_t outs = ceil_div(out, out_parts);
+  const int64_t fits = kernels.pair == 2 ? kPairUnits / outs : kFloatUnits / (in + outs);
+  const Blocks blocks(ceil_div(batch, kernels.pair), h.outputs, w.outputs,
+                      std::clamp<int64_t>(fits, 192, 512) / kernels.pair);
   const int64_t pixel_parts = std::min(threads / out_parts, blocks.count());
 
   const PartialSums sums(pixel_parts, h.kernel, w.kernel, out, in, dweight);
@@ -341,7 +355,7 @@ void conv_weight_grad(const Kernels& kernels, int64_t batch, const ConvAxis& h_a
     for (int64_t part = begin; part < end; part++) {
       const int64_t p = part % pixel_parts;
       const Range channels = Range{0, out}.part(part / pixel_parts, out_parts, kernels.max_rows);
-      Sum sum(kernels, h, w, dy, x, in, channels, sums.of(p, channels));
+      Sum sum(kernels, batch, h, w, dy, x, in, channels, sums.of(p, channels));
       const Range mine = Range{0, blocks.count()}.part(p, pixel_parts);
       for (int64_t b = mine.begin; b < mine.end; b++) sum.add(blocks[b], blocks[std::min(b + 1, mine.end - 1)]);
     }
