@@ -18,9 +18,10 @@ struct Band {
   int64_t units() const { return rows * row(); }
 };
 
-// dst [rows, columns, pixel] in units.
-inline void load_band(const Kernels& kernels, float* dst, const Band& band, const Image& x, int64_t n, int64_t height,
-                      int64_t width, int64_t channels) {
+// dst [rows, columns, pixel] in units: load(to, h, w, count) those of pixels (h, w + i * column_step) of the image,
+// i < count, which is height x width.
+template <class Load>
+void fill_band(float* dst, const Band& band, int64_t height, int64_t width, const Load& load) {
   // The columns of the band that are inside the image: [left, right).
   const auto column_at_least = [&](int64_t c) {
     const int64_t steps = (c - band.first_column + band.column_step - 1) / band.column_step;
@@ -34,10 +35,17 @@ inline void load_band(const Kernels& kernels, float* dst, const Band& band, cons
       continue;
     }
     std::memset(dst, 0, left * band.pixel * sizeof(float));
-    kernels.load_pixels(dst + left * band.pixel, band.pixel, x.at(n, h, band.first_column + left * band.column_step),
-                        x.w * band.column_step, x.dtype, right - left, channels);
+    load(dst + left * band.pixel, h, band.first_column + left * band.column_step, right - left);
     std::memset(dst + right * band.pixel, 0, (band.columns - right) * band.pixel * sizeof(float));
   }
+}
+
+// The pixels of image n.
+inline void load_band(const Kernels& kernels, float* dst, const Band& band, const Image& x, int64_t n, int64_t height,
+                      int64_t width, int64_t channels) {
+  fill_band(dst, band, height, width, [&](float* to, int64_t h, int64_t w, int64_t count) {
+    kernels.load_pixels(to, band.pixel, x.at(n, h, w), x.w * band.column_step, x.dtype, count, channels);
+  });
 }
 
 }  // namespace gradaug::cpu

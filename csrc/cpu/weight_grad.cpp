@@ -1,6 +1,7 @@
 // Weight gradient of a convolution, a matrix product that sums over pixels:
 // 1. threads share the output channels of a large weight, and the pixels of a small one (each then has its own sum);
-// 2. a thread takes blocks of a few hundred pixels and copies them to adjacent memory, x in panels of 32 channels,
+// 2. a thread takes blocks of a few hundred pixels and copies them to adjacent memory, x in panels of up to 32
+// channels,
 //    where they are not in that form already; the next block is fetched from memory meanwhile.
 //    bfloat16 units are pairs of the same pixel of two images, so that a tap shifts pairs as it shifts pixels;
 // 3. for each panel and tap, tiles of up to 14 output channels sum the block in registers, over those pixels that the
@@ -58,6 +59,11 @@ struct Units {
   int64_t panel, n, h, w;  // strides
 };
 
+// The width of the panels that few channels are copied into.
+int64_t stored_panel(const Kernels& kernels, int64_t channels) {
+  return channels <= kernels.lanes ? kernels.lanes : kernels.panel;
+}
+
 // Memory of a thread that grows to what is asked for.
 class Scratch {
  public:
@@ -71,6 +77,23 @@ class Scratch {
   int64_t size_ = 0;
   Buffer buffer_{0};
 };
+
+// `pixels` of a row of image n, or of images 2n and 2n + 1 where units are pairs of them, from channel `begin` on, in
+// panels of `width` channels.
+void load_row(const Kernels& kernels, int64_t batch, float* to, int64_t to_pixel, int64_t width, int64_t to_panel,
+              const Image& image, int64_t n, int64_t h, int64_t w, int64_t step, int64_t pixels, int64_t begin,
+              int64_t channels) {
+  const auto at = [&](int64_t i) { return image.at(i, h, w) + begin * size_of(image.dtype); };
+  if (kernels.pair == 2) {
+    const char* second = 2 * n + 1 < batch ? at(2 * n + 1) : nullptr;
+    kernels.zip_panels(to, to_pixel, width, to_panel, reinterpret_cast<const uint16_t*>(at(2 * n)),
+                       reinterpret_cast<const uint16_t*>(second), image.w * step, pixels, channels);
+  } else if (width == kernels.panel) {
+    kernels.load_panels(to, to_panel, at(n), image.w * step, image.dtype, pixels, channels);
+  } else {
+    kernels.load_pixels(to, to_pixel, at(n), image.w * step, image.dtype, pixels, channels);
+  }
+}
 
 // The sum of one thread: output channels `out`, pixels of `blocks`, added to dweight.
 class Sum {
@@ -102,21 +125,6 @@ class Sum {
   // A kernel of one column reads only every stride-th column of x.
   int64_t column_step() const { return w_.kernel == 1 ? w_.stride : 1; }
 
-  // `pixels` of a row of image n, or of images 2n and 2n + 1, in panels of `width` channels.
-  void load_row(float* to, int64_t to_pixel, int64_t width, int64_t to_panel, const Image& image, int64_t n, int64_t h,
-                int64_t w, int64_t step, int64_t pixels, Range channels) const {
-    const auto at = [&](int64_t i) { return image.at(i, h, w) + channels.begin * size_of(image.dtype); };
-    if (kernels_.pair == 2) {
-      const char* second = 2 * n + 1 < batch_ ? at(2 * n + 1) : nullptr;
-      kernels_.zip_panels(to, to_pixel, width, to_panel, reinterpret_cast<const uint16_t*>(at(2 * n)),
-                          reinterpret_cast<const uint16_t*>(second), image.w * step, pixels, channels.size());
-    } else if (width == kernels_.panel) {
-      kernels_.load_panels(to, to_panel, at(n), image.w * step, image.dtype, pixels, channels.size());
-    } else {
-      kernels_.load_pixels(to, to_pixel, at(n), image.w * step, image.dtype, pixels, channels.size());
-    }
-  }
-
   // dy of the block: [images, rows, columns, out]; where it is, if that is in units.
   Units outputs(const Block& block) {
     if (kernels_.pair == 1 && dy_.dtype == Dtype::f32) {
@@ -129,7 +137,8 @@ class Sum {
     const Units units{to, 0, image, row, channels};
     for (int64_t n = block.images.begin; n < block.images.end; n++) {
       for (int64_t h = block.rows.begin; h < block.rows.end; h++, to += row) {
-        load_row(to, channels, channels, 0, dy_, n, h, block.columns.begin, 1, width, out_);
+        load_row(kernels_, batch_, to, channels, channels, 0, dy_, n, h, block.columns.begin, 1, width, out_.begin,
+                 channels);
       }
     }
     return units;
@@ -146,13 +155,13 @@ class Sum {
         return {reinterpret_cast<const float*>(first), 0, x_.n, x_.h, x_.w * column_step()};
       }
     }
-    const int64_t width = ceil_div(columns.size(), column_step()), panel = kernels_.panel;
+    const int64_t width = ceil_div(columns.size(), column_step()), panel = stored_panel(kernels_, in_);
     const int64_t row = width * panel, image = row * rows.size(), size = image * block.images.size();
     float* to = x_memory_.at_least(size * ceil_div(in_, panel));
     const Units units{to, size, image, row, panel};
     for (int64_t n = block.images.begin; n < block.images.end; n++) {
       for (int64_t h = rows.begin; h < rows.end; h++, to += row) {
-        load_row(to, panel, panel, size, x_, n, h, columns.begin, column_step(), width, {0, in_});
+        load_row(kernels_, batch_, to, panel, panel, size, x_, n, h, columns.begin, column_step(), width, 0, in_);
       }
     }
     return units;
@@ -214,59 +223,42 @@ class Sum {
 // channels of the kernel's whole row, which are adjacent in a padded copy of x.
 void few_channels(const Kernels& kernels, int64_t batch, const ConvAxis& h, const ConvAxis& w, const Image& dy,
                   int64_t out, const Image& x, int64_t in, const WeightGrad& dweight) {
-  const int64_t units = ceil_div(in, kernels.pair), channels = units * kernels.pair;  // of a pixel of the copy
-  const int64_t row = w.kernel * channels, pixels = ceil_div(w.outputs, kernels.pair), panel = kernels.panel;
-  const int64_t panels = ceil_div(out, panel), size = h.kernel * row * out;
+  const int64_t row = w.kernel * in, panel = stored_panel(kernels, out), panels = ceil_div(out, panel);
+  const bool copied = kernels.pair == 2 || dy.dtype != Dtype::f32 || out % kernels.lanes != 0;
   const int64_t height = std::min<int64_t>(h.outputs, ceil_div(256, w.outputs));  // of a block of outputs
-  const int64_t down = ceil_div(h.outputs, height), blocks = batch * down;
-  const int64_t parts = std::min<int64_t>(at::get_num_threads(), blocks);
+  const int64_t down = ceil_div(h.outputs, height), blocks = ceil_div(batch, kernels.pair) * down;
+  const int64_t parts = std::min<int64_t>(at::get_num_threads(), blocks), size = h.kernel * row * out;
   std::vector<float> sums(parts * size);  // [parts, KH, row, out]
-  // Pairs of adjacent pixels of a row of outputs, the last perhaps with none.
-  const auto zip = [&](float* to, int64_t to_pixel, int64_t width, int64_t to_panel, const uint16_t* from,
-                       int64_t from_pixel, int64_t count) {
-    const int64_t whole = w.outputs / 2;
-    kernels.zip_panels(to, to_pixel, width, to_panel, from, from + from_pixel, 2 * from_pixel, whole, count);
-    kernels.zip_panels(to + whole * to_pixel, to_pixel, width, to_panel, from + 2 * whole * from_pixel, nullptr, 0,
-                       pixels - whole, count);
-  };
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    Band band{0,          1, (height - 1) * h.stride + (h.kernel - 1) * h.dilation + 1,
-              -w.padding, 1, w.inputs + 2 * w.padding,
-              units};
-    const int64_t dy_panel = height * pixels * panel;
-    const bool zipped = kernels.pair == 2;
-    const Buffer band_memory(band.units()), zipped_memory(zipped ? band.rows * pixels * row : 0);
-    const Buffer dy_memory(panels * dy_panel);
+    Band band{0, 1, (height - 1) * h.stride + (h.kernel - 1) * h.dilation + 1, -w.padding, 1, w.inputs + 2 * w.padding,
+              in};
+    const int64_t dy_row = w.outputs * panel, dy_panel = height * dy_row;
+    const Buffer band_memory(band.units()), dy_memory(copied ? panels * dy_panel : 0);
     for (int64_t part = begin; part < end; part++) {
       const Range mine = Range{0, blocks}.part(part, parts);
       for (int64_t b = mine.begin; b < mine.end; b++) {
         const int64_t n = b / down, first = b % down * height, rows = std::min(height, h.outputs - first);
         band.first_row = first * h.stride - h.padding;
-        load_band(kernels, band_memory.data(), band, x, n, h.inputs, w.inputs, in);
-        for (int64_t r = 0; r < rows; r++) {
-          float* to = dy_memory.data() + r * pixels * panel;
-          const char* from = dy.at(n, first + r, 0);
-          if (zipped) {
-            zip(to, panel, panel, dy_panel, reinterpret_cast<const uint16_t*>(from), dy.w, out);
-          } else {
-            kernels.load_panels(to, dy_panel, from, dy.w, dy.dtype, pixels, out);
-          }
+        fill_band(band_memory.data(), band, h.inputs, w.inputs, [&](float* to, int64_t r, int64_t c, int64_t count) {
+          const bool one_run = x.w == in;
+          const int64_t pixels = one_run ? 1 : count, channels = one_run ? count * in : in;
+          load_row(kernels, batch, to, channels, channels, 0, x, n, r, c, 1, pixels, 0, channels);
+        });
+        for (int64_t r = 0; copied && r < rows; r++) {
+          load_row(kernels, batch, dy_memory.data() + r * dy_row, panel, panel, dy_panel, dy, n, first + r, 0, 1,
+                   w.outputs, 0, out);
         }
-        for (int64_t r = 0; zipped && r < band.rows; r++) {
-          zip(zipped_memory.data() + r * pixels * row, row, row, 0,
-              reinterpret_cast<const uint16_t*>(band_memory.data() + r * band.row()), w.stride * channels, row);
-        }
-        const int64_t a_row = zipped ? pixels * row : band.row();
         for (int64_t kh = 0; kh < h.kernel; kh++) {
           OuterTile tile{};
-          tile.a = (zipped ? zipped_memory.data() : band_memory.data()) + kh * h.dilation * a_row;
-          tile.images = 1, tile.rows = rows, tile.pixels = pixels;
-          tile.a_row = a_row * h.stride, tile.a_pixel = zipped ? row : w.stride * units;
-          tile.b_row = pixels * panel, tile.b_pixel = panel;
+          tile.a = band_memory.data() + kh * h.dilation * band.row();
+          tile.images = 1, tile.rows = rows, tile.pixels = w.outputs;
+          tile.a_row = band.row() * h.stride, tile.a_pixel = w.stride * in;
+          tile.b_row = copied ? dy_row : dy.h, tile.b_pixel = copied ? panel : dy.w;
           tile.c_row = out;
           tile.channels = row;
           for (int64_t p = 0; p < panels; p++) {
-            tile.b = dy_memory.data() + p * dy_panel;
+            tile.b = copied ? dy_memory.data() + p * dy_panel
+                            : reinterpret_cast<const float*>(dy.at(n, first, 0)) + p * panel;
             tile.c = sums.data() + part * size + kh * row * out + p * panel;
             tile.columns = std::min(panel, out - p * panel);
             kernels.outer(tile);
@@ -280,7 +272,7 @@ void few_channels(const Kernels& kernels, int64_t batch, const ConvAxis& h, cons
       for (int64_t kw = 0; kw < w.kernel; kw++) {
         float* to = dweight.data + o * dweight.out + kh * dweight.h + kw * dweight.w;
         for (int64_t i = 0; i < in; i++) {
-          const float* from = sums.data() + (kh * row + kw * channels + i) * out + o;
+          const float* from = sums.data() + (kh * row + kw * in + i) * out + o;
           float total = from[0];
           for (int64_t p = 1; p < parts; p++) total += from[p * size];
           to[i * dweight.in] += total;
