@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from gradaug_kernels.train.memory import keep_freed_blocks
+
 from .cases import DTYPES, Network
 from .gate import Gate, check, speedups
 from .memory import peak_bytes
@@ -19,6 +21,7 @@ NEW_WIDTHS = 3  # steps at a width never seen before
 def run_step(
     net: Network, dtype: str, providers: Sequence[str], repeats: int, device: torch.device, new_width: bool = False
 ) -> list[Row]:
+    keep_freed_blocks()  # or a step would time the pages that the provider before it gave back
     gate, runs, first = gated_runs(net, dtype, providers, device)
     samples = interleave(
         {name: Workload(lambda: None, {"step": run}) for name, run in runs.items()}, device, repeats, description="step"

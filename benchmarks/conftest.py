@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from gradaug_kernels.train.memory import keep_freed_blocks
+
 from .cases import DTYPES, distinct_layers, network
 from .layers import BENCHES, gate_layer, make_layer_run
-from .memory import keep_freed_blocks, peak_bytes
+from .memory import peak_bytes
 from .options import add_options
 from .timing import synchronize
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from gradaug_kernels.train.memory import keep_freed_blocks
+
 from . import (
     bench_slim_batch_norm,
     bench_slim_conv2d,
@@ -17,7 +19,7 @@ from . import (
 )
 from .cases import DTYPES, Layer, distinct_layers, network
 from .gate import Gate, check, speedups
-from .memory import keep_freed_blocks, peak_bytes
+from .memory import peak_bytes
 from .rows import Row, Table, make_row, speedup_cells
 from .timing import Workload, interleave, quantiles, seconds
 

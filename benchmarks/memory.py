@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 _MEASURED = "measured call"
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of mallopt(3)
+_M_MMAP_THRESHOLD = -3  # of mallopt(3)
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
@@ -42,18 +42,6 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
             held += event.nbytes()
             peak = max(peak, held)
     return peak
-
-
-def keep_freed_blocks() -> None:
-    """Have the C library keep what is freed for the blocks that follow, for timing.
-
-    By default it returns large blocks, and whether a tensor's pages come new from the system, which takes as long as to
-    compute it, depends on what else was allocated before, by whichever provider.
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def return_freed_blocks() -> None:

@@ -15,6 +15,7 @@ from .compare import compare, comparison_names, load_comparison
 from .config import load_config, parse_setting, preset_names
 from .folder import CHECKPOINT, FILES
 from .info import collect_info, format_info
+from .memory import keep_freed_blocks
 from .report import table
 
 SHORTCUTS = {
@@ -159,6 +160,7 @@ def _train(command):
             settings[key] = getattr(command, name)
     config = load_config(command.preset, settings)
     out = Path(command.out or f"runs/{config.preset}")
+    keep_freed_blocks()
     try:
         train(config, out, resume=command.resume, overwrite=command.overwrite)
     except KeyboardInterrupt:
@@ -190,6 +192,7 @@ def _compare(command):
     words += [f"--epochs {command.epochs}"] if command.epochs else []
     words += [f"--robustness {command.robustness}"] if command.robustness else []
     words += [f"--set {shlex.quote(setting)}" for setting in command.set]
+    keep_freed_blocks()
     try:
         compare(comparison, out, " ".join(words), command.robustness)
     except KeyboardInterrupt:
