@@ -7,12 +7,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
 
 
 def keep_freed_blocks() -> None:
-    """Have the C library keep what is freed for the blocks that follow, for the whole process. Linux only.
+    """Have the C library keep what is freed for the blocks that follow, for the whole process. glibc only.
 
     By default it returns large blocks to the system, whose new pages can take as long to come as a layer takes to fill
-    them: 2 to 6 % of a GradAug step. The process keeps its peak of memory.
+    them. The process keeps its peak of memory.
     """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
