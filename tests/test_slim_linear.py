@@ -68,14 +68,19 @@ def test_forward_is_as_accurate_as_torch(case, dtype):
     assert_as_accurate(y, torch_forward(case, x, weight, bias), torch_forward(case, *doubles(x, weight, bias)))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_float32_parameters_are_rounded(dtype):
-    for case in CASES:
-        x, weight, bias = case.tensors(torch.float32)
-        x, rounded = x.to(dtype), (weight.to(dtype), None if bias is None else bias.to(dtype))
-        assert torch.equal(forward(case, x, weight, bias), forward(case, x, *rounded))
-        dy = output_gradient(case, x)
-        assert torch.equal(input_grad(x, weight, dy), input_grad(x, rounded[0], dy))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+@with_cases([*CASES, *LARGE])
+def test_float32_parameters_are_rounded_as_they_are_read(case, dtype):
+    x, weight, bias = case.tensors(torch.float32)
+    x, rounded = x.to(dtype), (weight.to(dtype), None if bias is None else bias.to(dtype))
+    y = forward(case, x, weight, bias)
+    assert y.dtype == dtype
+    assert_as_accurate(y, torch_forward(case, x, *rounded), torch_forward(case, *doubles(x, weight, bias)))
+    dy = output_gradient(case, x)
+    dx = input_grad(x, weight, dy)
+    assert dx.dtype == dtype
+    exact_dx, _ = torch_gradients(case, *doubles(x, weight, dy))
+    assert_as_accurate(dx, torch_gradients(case, x, rounded[0], dy)[0], exact_dx, gradient=True)
 
 
 @all_dtypes

@@ -5,7 +5,6 @@
 // PyTorch's own convolution of the slice: float64, NCHW results, groups of other sizes, and the processors and dtypes
 // for which select_kernels and select_depthwise_kernels have nothing better.
 #include <ATen/ATen.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <array>
@@ -14,6 +13,7 @@
 
 #include "conv.h"
 #include "depthwise.h"
+#include "tensors.h"
 
 namespace {
 
@@ -22,29 +22,11 @@ using namespace gradaug::cpu;
 using at::IntArrayRef;
 using at::Tensor;
 
-// The kernels compute in the dtypes they are given: no inner call may be cast by an enclosing torch.autocast.
-struct NoAutocast {
-  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
-};
-
 // NHWC if one of the two is, as torch's convolutions choose.
 at::MemoryFormat memory_format(const Tensor& a, const Tensor& b) {
   const bool nhwc = a.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
                     b.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
   return nhwc ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-}
-
-std::optional<Dtype> dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return Dtype::f32;
-    case at::kBFloat16:
-      return Dtype::bf16;
-    case at::kHalf:
-      return Dtype::f16;
-    default:
-      return std::nullopt;
-  }
 }
 
 // t: [N, C, H, W]

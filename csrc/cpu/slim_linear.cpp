@@ -1,53 +1,97 @@
 // Linear layer with the first features of a full-width weight: forward, input gradient, weight gradient.
-// Strided GEMMs: the weight operand's leading dimension is the full number of features, so nothing is copied.
-// float32 parameters of a low-precision x are rounded first.
+// Formulas and shapes: gradaug_kernels/ops/slim_linear.py.
+//
+// A linear layer is a 1x1 convolution of images of one pixel, and runs on the kernels of kernels.h, which read the
+// slice of the weight, and add to that of its gradient, in place. What select_kernels has nothing better for is
+// PyTorch's own matrix product, whose weight operand has the full number of features as its leading dimension.
 #include <ATen/ATen.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
-#include <algorithm>
+#include <optional>
+
+#include "conv.h"
+#include "tensors.h"
 
 namespace {
 
+using namespace gradaug;
+using namespace gradaug::cpu;
 using at::Tensor;
 
-constexpr int64_t kFewRows = 32;     // of 16-bit operands, which are as soon converted to floats
-constexpr int64_t kBlock = 1 << 17;  // elements of the weight gradient that are computed at a time
+const ConvAxis kPoint{1, 1, 1, 1, 0, 1};
 
-struct NoAutocast {
-  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
-};
+// The kernels for rows of the dtype of x.
+const Kernels* kernels_for(const Tensor& x) {
+  const auto dtype = dtype_of(x);
+  return dtype ? select_kernels(*dtype) : nullptr;
+}
+
+// [.., F] -> [N, F], features adjacent.
+Tensor rows(const Tensor& t) {
+  const Tensor t2 = t.reshape({-1, t.size(-1)});
+  return t2.size(1) == 1 || t2.stride(1) == 1 ? t2 : t2.contiguous();
+}
+
+// t: [N, F]
+Image image(const Tensor& t) {
+  const int64_t pitch = t.size(0) == 1 ? t.size(1) : t.stride(0);
+  return {t.const_data_ptr(), *dtype_of(t), pitch, pitch, pitch};
+}
+
+// y = x @ weight.T + bias of rows x [N, F]; weight [out, F] with any strides, bias [out] or none, y [N, out].
+void multiply(const Kernels& kernels, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& y) {
+  const Weight view{weight.const_data_ptr(), *dtype_of(weight), 0, 0, weight.stride(1), weight.stride(0)};
+  const GatherAxis point = forward_gather(kPoint);
+  gather_conv(kernels, x.size(0), point, point, image(x), x.size(1), view,
+              bias.defined() ? bias.const_data_ptr<float>() : nullptr, image(y), y.size(1));
+}
+
+std::vector<int64_t> with_features(const Tensor& t, int64_t features) {
+  std::vector<int64_t> size = t.sizes().vec();
+  size.back() = features;
+  return size;
+}
 
 Tensor slim_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features) {
   NoAutocast guard;
-  const auto dtype = x.scalar_type();
-  const Tensor w = weight.narrow(0, 0, out_features).narrow(1, 0, x.size(-1)).to(dtype);  // [out, F]
-  const auto b = bias ? std::optional<Tensor>(bias->narrow(0, 0, out_features).to(dtype)) : std::nullopt;
-  return at::linear(x, w, b);
+  const Tensor w = weight.narrow(0, 0, out_features).narrow(1, 0, x.size(-1));  // [out, F]
+  const auto b = bias ? std::optional<Tensor>(bias->narrow(0, 0, out_features)) : std::nullopt;
+  const Kernels* kernels = kernels_for(x);
+  if (!kernels || x.numel() == 0) {
+    const auto dtype = x.scalar_type();
+    return at::linear(x, w.to(dtype), b ? std::optional<Tensor>(b->to(dtype)) : std::nullopt);
+  }
+  Tensor y = at::empty(with_features(x, out_features), x.options());
+  multiply(*kernels, rows(x), w, b ? b->to(at::kFloat).contiguous() : Tensor(), y.view({-1, out_features}));
+  return y;
 }
 
 Tensor slim_linear_input_grad(const Tensor& dy, const Tensor& weight, int64_t in_features) {
   NoAutocast guard;
-  return at::matmul(dy, weight.narrow(0, 0, dy.size(-1)).narrow(1, 0, in_features).to(dy.scalar_type()));  // [..., F]
+  const Tensor w = weight.narrow(0, 0, dy.size(-1)).narrow(1, 0, in_features);  // [out, F]
+  const Kernels* kernels = kernels_for(dy);
+  if (!kernels || dy.numel() == 0) return at::matmul(dy, w.to(dy.scalar_type()));
+  Tensor dx = at::empty(with_features(dy, in_features), dy.options());
+  multiply(*kernels, rows(dy), w.t(), Tensor(), dx.view({-1, in_features}));
+  return dx;
 }
 
 void slim_linear_weight_grad_(const Tensor& dy, const Tensor& x, Tensor& dweight) {
   NoAutocast guard;
-  const Tensor dy2 = dy.reshape({-1, dy.size(-1)});                            // [N, out]
-  const Tensor x2 = x.reshape({-1, x.size(-1)});                               // [N, F]
-  Tensor target = dweight.narrow(0, 0, dy2.size(1)).narrow(1, 0, x2.size(1));  // [out, F]
-  if (target.scalar_type() == x.scalar_type()) {
-    target.addmm_(dy2.t(), x2);
-  } else if (target.scalar_type() == at::kFloat && x2.size(0) <= kFewRows) {
-    target.addmm_(dy2.to(at::kFloat).t(), x2.to(at::kFloat));
-  } else {
-    // In blocks of rows: the product, and its copy in the target's dtype, would be as large as the weight.
-    const int64_t rows = std::max<int64_t>(64, kBlock / std::max<int64_t>(1, x2.size(1)));
-    for (int64_t o = 0; o < target.size(0); o += rows) {
-      const int64_t n = std::min(rows, target.size(0) - o);
-      target.narrow(0, o, n).add_(at::mm(dy2.narrow(1, o, n).t(), x2));
-    }
+  const Tensor outputs = rows(dy), inputs = rows(x);                                   // [N, out], [N, F]
+  Tensor target = dweight.narrow(0, 0, outputs.size(1)).narrow(1, 0, inputs.size(1));  // [out, F]
+  const Kernels* kernels = kernels_for(x);
+  if (outputs.numel() == 0) return;
+  if (!kernels) {
+    target.add_(at::mm(outputs.t(), inputs));
+    return;
   }
+  const bool in_place = target.scalar_type() == at::kFloat;
+  Tensor sum = in_place ? target : at::zeros(target.sizes(), target.options().dtype(at::kFloat));
+  const WeightGrad view{sum.data_ptr<float>(), sum.stride(0), 0, 0, sum.stride(1)};
+  conv_weight_grad(*kernels, outputs.size(0), kPoint, kPoint, image(outputs), outputs.size(1), image(inputs),
+                   inputs.size(1), view);
+  if (!in_place) target.add_(sum);
 }
 
 }  // namespace

@@ -7,9 +7,10 @@
     bias     [O] or None
     y        [..., out_features]
 
-A strided GEMM: the leading dimension of the weight operand is the full I. float32, float64, bfloat16 and float16, one
-dtype for all, but for float32 weights and biases of a low-precision x on the CPU, which are rounded. The gradient of
-weight has the full shape and is zero outside the slice; `slim_linear_weight_grad_` adds that slice to a buffer instead.
+The weight operand's leading dimension is the full I, whatever the slice. float32, float64, bfloat16 and float16, one
+dtype for all, but for float32 weights and biases of a low-precision x on the CPU, which are rounded as they are read;
+sums are at least float32. The gradient of weight has the full shape and is zero outside the slice;
+`slim_linear_weight_grad_` adds that slice to a buffer instead.
 """
 
 import torch
