@@ -119,7 +119,7 @@ void gather_conv(const Kernels& kernels, int64_t batch, const GatherAxis& h_axis
   // Pixels that share cache lines of y are written whole, where all panels fit the second-level cache, so that no
   // line is fetched twice (165 against 145 GFLOP/s for 249 bfloat16 channels); aligned pixels prefer one panel at a
   // time (205 against 170 for 256).
-  const bool pixel_first = panels.size() <= kBandUnits && y.w * size_of(y.dtype) % 64 != 0;
+  const bool pixel_first = panels.count() > 1 && panels.size() <= kBandUnits && y.w * size_of(y.dtype) % 64 != 0;
 
   // Adjacent taps of a row whose pixels are adjacent in the band are one run of units.
   const bool adjacent = span(w) + 1 == taps_w && pixel == units && !direct;
@@ -135,8 +135,9 @@ void gather_conv(const Kernels& kernels, int64_t batch, const GatherAxis& h_axis
     }
   }
 
-  // Pixels of one call.
-  const int64_t strip = pixel_first ? kernels.max_rows : 4 * kernels.max_rows;
+  // Pixels of one call: more where there is little to sum for each.
+  const int64_t strip =
+      pixel_first ? kernels.max_rows : kernels.max_rows * std::clamp<int64_t>(512 / (panels.taps * units), 4, 32);
 
   // What a task reads of x, row by row, is fetched during the task before it: as many lines in each call.
   const auto source = [&](int64_t task) {

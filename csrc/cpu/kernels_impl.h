@@ -195,9 +195,9 @@ void gemm(const GemmTile& all, Dtype output, std::index_sequence<kRows...>) {
   const Tile* of_rows = tiles[all.columns > S::lanes];
   GemmTile tile = all;
   const int64_t count = (all.rows + S::max_rows - 1) / S::max_rows, c_row = all.c_row * size_of(output);
-  for (int64_t i = 0, row = 0, end; i < count; i++, row = end) {
-    end = all.rows * (i + 1) / count;
-    tile.rows = end - row;
+  const int64_t least = all.rows / count, more = all.rows % count;
+  for (int64_t i = 0; i < count; i++) {
+    tile.rows = least + (i < more);
     of_rows[tile.rows - 1](tile, output);
     tile.a += tile.rows * all.a_row;
     tile.c = static_cast<char*>(tile.c) + tile.rows * c_row;
