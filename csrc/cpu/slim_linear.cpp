@@ -80,13 +80,17 @@ void slim_linear_weight_grad_(const Tensor& dy, const Tensor& x, Tensor& dweight
   NoAutocast guard;
   const Tensor outputs = rows(dy), inputs = rows(x);                                   // [N, out], [N, F]
   Tensor target = dweight.narrow(0, 0, outputs.size(1)).narrow(1, 0, inputs.size(1));  // [out, F]
-  const Kernels* kernels = kernels_for(x);
   if (outputs.numel() == 0) return;
+  const bool in_place = target.scalar_type() == at::kFloat;
+  const Kernels* kernels = kernels_for(x);
+  if (!in_place && target.scalar_type() == x.scalar_type()) {  // the kernels' sums would be as large in floats again
+    target.addmm_(outputs.t(), inputs);
+    return;
+  }
   if (!kernels) {
     target.add_(at::mm(outputs.t(), inputs));
     return;
   }
-  const bool in_place = target.scalar_type() == at::kFloat;
   Tensor sum = in_place ? target : at::zeros(target.sizes(), target.options().dtype(at::kFloat));
   const WeightGrad view{sum.data_ptr<float>(), sum.stride(0), 0, 0, sum.stride(1)};
   conv_weight_grad(*kernels, outputs.size(0), kPoint, kPoint, image(outputs), outputs.size(1), image(inputs),
