@@ -36,7 +36,7 @@ def worker(rank, folder):
     images, targets = batch()
     train(nn.parallel.DistributedDataParallel(m), m.parameters(), images[rank::2], targets[rank::2])
     torch.save(m.state_dict(), f"{folder}/{rank}.pt")
-    # A wrapped model that outlives its process group makes torch abort at exit, one time in eight and without us too.
+    # A wrapped model that outlives its process group makes torch abort at exit now and then, without us too.
     gc.collect()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -83,7 +83,8 @@ void slim_linear_weight_grad_(const Tensor& dy, const Tensor& x, Tensor& dweight
   if (outputs.numel() == 0) return;
   const bool in_place = target.scalar_type() == at::kFloat;
   const Kernels* kernels = kernels_for(x);
-  if (!in_place && target.scalar_type() == x.scalar_type()) {  // the kernels' sums would be as large in floats again
+  // The kernels sum in floats: a buffer of x's own 16-bit dtype would need another of twice its size.
+  if (target.scalar_type() == x.scalar_type() && (!kernels || !in_place)) {
     target.addmm_(outputs.t(), inputs);
     return;
   }
