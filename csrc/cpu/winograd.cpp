@@ -11,18 +11,16 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <utility>
 #include <vector>
 
 #include "panels.h"
-#include "partial_sums.h"
 
 namespace gradaug::cpu {
 namespace {
 
 constexpr int64_t kInputUnits = 160 * 1024;      // transformed inputs of a block: most of a second-level cache
 constexpr int64_t kSharedUnits = 4096 * 1024;    // what may be transformed at once: most of a third-level cache
-constexpr int64_t kGradientUnits = 1024 * 1024;  // both operands of a block of the weight gradient, for all threads
+constexpr int64_t kGradientUnits = 1024 * 1024;  // both operands of a block of the weight gradient
 constexpr int64_t kOuterTiles = 128;             // tiles whose panel of inputs stays in the first-level cache
 constexpr int64_t kPackedDepth = 64;             // channels of the weight that are transformed at a time
 constexpr int64_t kShortChunk = 32;              // most of the large tiles' error is that of sums in float32
@@ -237,15 +235,17 @@ void tiles_by_panels(const Conv& conv, const Tiles& tiles) {
   });
 }
 
-// The weight gradient of some output channels and tiles, which one thread sums without the others:
-// 1. it transforms a block of tiles, inputs in panels of 32 channels and output gradients in groups;
-// 2. for some output and some input channels it adds, place by place, the products over the block's tiles to their sums
+// The weight gradient, step by step for all threads:
+// 1. a block of tiles is transformed, inputs in panels of 32 channels and output gradients in groups of channels;
+// 2. a task takes a place and a group of output channels and adds their products over the block's tiles to the sums
 //    [place, out, in];
-// 3. after the last block it transforms these back and adds them to the gradient.
-class GradientSum {
+// 3. after the last block the sums are transformed back and added to the gradient.
+// Where one block holds all tiles, a task takes all places of a group of output and of input channels instead: their
+// sums stay in the second-level cache and are transformed back at once.
+class WeightGradient {
  public:
-  GradientSum(const Kernels& kernels, const WinogradKernels& winograd, const Tiles& tiles, const ConvAxis& h,
-              const ConvAxis& w, const Image& dy, Range out, const Image& x, int64_t in, const WeightGrad& dweight)
+  WeightGradient(const Kernels& kernels, const WinogradKernels& winograd, const Tiles& tiles, const ConvAxis& h,
+                 const ConvAxis& w, const Image& dy, int64_t out, const Image& x, int64_t in, const WeightGrad& dweight)
       : kernels_(kernels),
         winograd_(winograd),
         tiles_(tiles),
@@ -257,100 +257,134 @@ class GradientSum {
         in_(in),
         dweight_(dweight),
         places_(winograd.inputs * winograd.inputs),
-        zeros_(std::max(in, out.end)) {
-    // A group of channels is about a square, whose sums stay in the second-level cache while one block is added.
-    const int64_t panel = kernels.panel, square = kInputUnits / places_, outs = out.size();
+        zeros_(std::max(in, out)) {
+    // A group of output and input channels is about a square. Its rows of output gradients have nothing between them,
+    // as what is transformed should stay in the third-level cache.
+    const int64_t panel = kernels.panel, square = kInputUnits / places_;
     panels_ = ceil_div(in, panel);
     const int64_t in_side = std::clamp<int64_t>(std::sqrt(square) / panel, 1, panels_);
     in_group_ = ceil_div(panels_, ceil_div(panels_, in_side)) * panel;
-    const int64_t out_side = std::clamp<int64_t>(square / in_group_, std::min<int64_t>(outs, kernels.max_rows), outs);
-    out_group_ = ceil_div(outs, ceil_div(outs, out_side));
-    out_pitch_ = round_up(out_group_, kernels.lanes);
+    const int64_t out_side = std::clamp<int64_t>(square / in_group_, std::min<int64_t>(out, kernels.max_rows), out);
+    out_pitch_ = round_up(ceil_div(out, ceil_div(out, out_side)), kernels.lanes);
+    out_group_ = std::min(out, out_pitch_);
+    // One block of all tiles is best also where its operands are smaller than all sums would be.
+    const int64_t tile_units = places_ * (panels_ * panel + out_groups() * out_pitch_);
+    block_ = tiles.count();
+    if (block_ * tile_units > std::max(2 * kGradientUnits, places_ * out * in)) {
+      block_ = std::clamp<int64_t>(kGradientUnits / tile_units, 128, 512);
+    }
+    block_ = ceil_div(tiles.count(), ceil_div(tiles.count(), block_));
+    x_panel_ = block_ * panel, x_place_ = panels_ * x_panel_ + kernels.lanes;
+    dy_group_ = block_ * out_pitch_, dy_place_ = out_groups() * dy_group_ + kernels.lanes;
   }
 
-  // parts: sums that are made at the same time and share the caches.
-  void add(Range tiles, int64_t parts) {
-    // One block of all tiles makes the sums small; where its operands are smaller than all sums would be, it is the
-    // best.
-    const int64_t tile_units = places_ * (panels_ * kernels_.panel + out_groups() * out_pitch_);
-    int64_t block = tiles.size();
-    if (block * tile_units > std::max(kSharedUnits / parts, places_ * out_.size() * in_)) {
-      block = std::clamp<int64_t>(kGradientUnits / parts / tile_units, 128, 256);
-    }
-    block = ceil_div(tiles.size(), ceil_div(tiles.size(), block));
-    x_panel_ = block * kernels_.panel, x_place_ = panels_ * x_panel_ + kernels_.lanes;
-    dy_group_ = block * out_pitch_, dy_place_ = out_groups() * dy_group_ + kernels_.lanes;
+  void add() const {
     const Buffer inputs(places_ * x_place_), gradients(places_ * dy_place_);
-    const bool one_block = block == tiles.size();
-    const int64_t group_units = places_ * out_group_ * in_group_;
-    const Buffer sums((one_block ? 1 : out_groups() * in_groups()) * group_units);
-    for (int64_t first = tiles.begin; first < tiles.end; first += block) {
-      const Range some{first, std::min(tiles.end, first + block)};
-      transform(some, inputs.data(), gradients.data());
-      float* sum = sums.data();
-      for (int64_t og = 0; og < out_groups(); og++) {
-        for (int64_t ig = 0; ig < in_groups(); ig++, sum += one_block ? 0 : group_units) {
-          if (first == tiles.begin) std::memset(sum, 0, group_units * sizeof(float));
-          multiply(sum, some.size(), inputs.data(), gradients.data(), og, ig);
-          if (some.end == tiles.end) transform_back(sum, og, ig);
-        }
-      }
+    const Operands operands{inputs.data(), gradients.data()};
+    if (block_ == tiles_.count() && out_groups() * in_groups() >= 2 * at::get_num_threads()) {
+      return add_groups(operands);
     }
+    const Buffer memory(places_ * out_ * in_);
+    const Sums sums{memory.data(), out_ * in_, in_};
+    for (int64_t first = 0; first < tiles_.count(); first += block_) {
+      const int64_t count = std::min(block_, tiles_.count() - first);
+      transform({first, first + count}, operands);
+      at::parallel_for(0, places_ * out_groups(), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) {
+          const int64_t place = i / out_groups(), og = i % out_groups();
+          float* sum = sums.data + place * sums.place + og * out_group_ * sums.row;
+          if (first == 0) std::memset(sum, 0, outs(og).size() * in_ * sizeof(float));
+          multiply(sum, sums.row, place, count, operands, og, {0, in_});
+        }
+      });
+    }
+    at::parallel_for(0, out_, 4, [&](int64_t begin, int64_t end) {
+      transform_back({sums.data + begin * in_, sums.place, sums.row}, {begin, end}, {0, in_});
+    });
   }
 
  private:
-  int64_t out_groups() const { return ceil_div(out_.size(), out_group_); }
-  int64_t in_groups() const { return ceil_div(in_, in_group_); }
-  int64_t outs(int64_t og) const { return std::min(out_group_, out_.size() - og * out_group_); }
-  int64_t ins(int64_t ig) const { return std::min(in_group_, in_ - ig * in_group_); }
+  struct Operands {
+    float *inputs, *gradients;  // [place, panel, tile, channel], [place, group, tile, channel]
+  };
+  struct Sums {
+    float* data;  // [place, out, in]
+    int64_t place, row;
+  };
 
-  // inputs [place, panel, tile, channel], gradients [place, group, tile, channel]
-  void transform(Range tiles, float* inputs, float* gradients) const {
-    const int m = winograd_.outputs;
-    for (int64_t t = tiles.begin; t < tiles.end; t++, inputs += kernels_.panel, gradients += out_pitch_) {
-      const int64_t image = tiles_.image(t), row = tiles_.row(t), column = tiles_.column(t);
-      const void* pixels[kMaxInputs];
-      pixels_of(x_, image, row - h_.padding, column - w_.padding, h_.inputs, w_.inputs, winograd_.inputs, zeros_.data(),
-                pixels);
-      winograd_.input_tile(inputs, x_place_, kernels_.panel, x_panel_, pixels, x_.dtype, in_);
-      pixels_of(dy_, image, row, column, h_.outputs, w_.outputs, m, zeros_.data(), pixels);
-      for (int64_t og = 0; og < out_groups(); og++) {
-        const int64_t skipped = (out_.begin + og * out_group_) * size_of(dy_.dtype);
-        const void* of_group[kMaxOutputs];
-        for (int i = 0; i < m * m; i++) of_group[i] = static_cast<const char*>(pixels[i]) + skipped;
-        winograd_.gradient_tile(gradients + og * dy_group_, dy_place_, of_group, dy_.dtype, outs(og));
+  int64_t out_groups() const { return ceil_div(out_, out_group_); }
+  int64_t in_groups() const { return ceil_div(in_, in_group_); }
+  Range outs(int64_t og) const { return {og * out_group_, std::min(out_, (og + 1) * out_group_)}; }
+  Range ins(int64_t ig) const { return {ig * in_group_, std::min(in_, (ig + 1) * in_group_)}; }
+
+  void add_groups(const Operands& operands) const {
+    transform({0, tiles_.count()}, operands);
+    at::parallel_for(0, out_groups() * in_groups(), 1, [&](int64_t begin, int64_t end) {
+      const int64_t place = out_group_ * in_group_;
+      const Buffer memory(places_ * place);
+      const Sums sums{memory.data(), place, in_group_};
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t og = i / in_groups();
+        const Range of_group = ins(i % in_groups());
+        std::memset(sums.data, 0, places_ * place * sizeof(float));
+        for (int64_t p = 0; p < places_; p++) {
+          multiply(sums.data + p * place, sums.row, p, tiles_.count(), operands, og, of_group);
+        }
+        transform_back(sums, outs(og), of_group);
       }
-    }
+    });
   }
 
-  void multiply(float* sum, int64_t tiles, const float* inputs, const float* gradients, int64_t og, int64_t ig) const {
-    const int64_t panel = kernels_.panel;
-    for (int64_t place = 0; place < places_; place++) {
-      for (int64_t i = 0; i < ins(ig); i += panel) {
-        for (int64_t t = 0; t < tiles; t += kOuterTiles) {
-          OuterTile tile{};
-          tile.a = gradients + place * dy_place_ + og * dy_group_ + t * out_pitch_;
-          tile.b = inputs + place * x_place_ + (ig * in_group_ + i) / panel * x_panel_ + t * panel;
-          tile.images = tile.rows = 1, tile.pixels = std::min(kOuterTiles, tiles - t), tile.chunk = chunk(x_);
-          tile.a_pixel = out_pitch_, tile.b_pixel = panel;
-          tile.c = sum + place * out_group_ * in_group_ + i;
-          tile.c_row = in_group_;
-          tile.channels = outs(og);
-          tile.columns = std::min(panel, ins(ig) - i);
-          kernels_.outer(tile);
+  void transform(Range tiles, const Operands& to) const {
+    at::parallel_for(0, tiles.size(), 4, [&](int64_t begin, int64_t end) {
+      const int m = winograd_.outputs;
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t t = tiles.begin + i, image = tiles_.image(t), row = tiles_.row(t), column = tiles_.column(t);
+        const void* pixels[kMaxInputs];
+        pixels_of(x_, image, row - h_.padding, column - w_.padding, h_.inputs, w_.inputs, winograd_.inputs,
+                  zeros_.data(), pixels);
+        winograd_.input_tile(to.inputs + i * kernels_.panel, x_place_, kernels_.panel, x_panel_, pixels, x_.dtype, in_);
+        pixels_of(dy_, image, row, column, h_.outputs, w_.outputs, m, zeros_.data(), pixels);
+        for (int64_t og = 0; og < out_groups(); og++) {
+          const void* of_group[kMaxOutputs];
+          for (int j = 0; j < m * m; j++) {
+            of_group[j] = static_cast<const char*>(pixels[j]) + outs(og).begin * size_of(dy_.dtype);
+          }
+          winograd_.gradient_tile(to.gradients + og * dy_group_ + i * out_pitch_, dy_place_, of_group, dy_.dtype,
+                                  outs(og).size());
         }
       }
+    });
+  }
+
+  // sum [out, in] of a group of output channels and some input channels, from the first `tiles` of the operands
+  void multiply(float* sum, int64_t row, int64_t place, int64_t tiles, const Operands& operands, int64_t og,
+                Range in) const {
+    const int64_t panel = kernels_.panel;
+    for (int64_t i = in.begin; i < in.end; i += panel) {
+      for (int64_t t = 0; t < tiles; t += kOuterTiles) {
+        OuterTile tile{};
+        tile.a = operands.gradients + place * dy_place_ + og * dy_group_ + t * out_pitch_;
+        tile.b = operands.inputs + place * x_place_ + i / panel * x_panel_ + t * panel;
+        tile.images = tile.rows = 1, tile.pixels = std::min(kOuterTiles, tiles - t), tile.chunk = chunk(x_);
+        tile.a_pixel = out_pitch_, tile.b_pixel = panel;
+        tile.c = sum + i - in.begin;
+        tile.c_row = row;
+        tile.channels = outs(og).size();
+        tile.columns = std::min(panel, in.end - i);
+        kernels_.outer(tile);
+      }
     }
   }
 
-  void transform_back(const float* sum, int64_t og, int64_t ig) const {
-    for (int64_t o = 0; o < outs(og); o++) {
+  // Sums of some output and input channels.
+  void transform_back(const Sums& sums, Range out, Range in) const {
+    for (int64_t o = out.begin; o < out.end; o++) {
       float* taps[9];
       for (int t = 0; t < 9; t++) {
-        taps[t] = dweight_.data + (out_.begin + og * out_group_ + o) * dweight_.out + t / 3 * dweight_.h +
-                  t % 3 * dweight_.w + ig * in_group_;
+        taps[t] = dweight_.data + o * dweight_.out + t / 3 * dweight_.h + t % 3 * dweight_.w + in.begin;
       }
-      winograd_.add_weight_grad(taps, sum + o * in_group_, out_group_ * in_group_, ins(ig));
+      winograd_.add_weight_grad(taps, sums.data + (o - out.begin) * sums.row, sums.place, in.size());
     }
   }
 
@@ -359,28 +393,13 @@ class GradientSum {
   const Tiles tiles_;
   const ConvAxis &h_, &w_;
   const Image dy_, x_;
-  const Range out_;
-  const int64_t in_;
+  const int64_t out_, in_;
   const WeightGrad dweight_;
   const int64_t places_;
   const std::vector<float> zeros_;
   int64_t panels_, in_group_, out_group_, out_pitch_;
-  int64_t x_panel_ = 0, x_place_ = 0, dy_group_ = 0, dy_place_ = 0;  // strides
+  int64_t block_, x_panel_, x_place_, dy_group_, dy_place_;  // tiles; strides
 };
-
-// Into how many parts the threads divide the output channels and the tiles. Each part of the channels transforms all
-// inputs, and each part of the tiles transforms all sums back.
-std::pair<int64_t, int64_t> divide(int64_t tiles, int64_t out, int64_t max_rows) {
-  const int64_t threads = at::get_num_threads();
-  std::pair<int64_t, int64_t> best{1, 1};
-  double least = 0;
-  for (int64_t outs = 1; outs <= std::min(threads, ceil_div(out, 2 * max_rows)); outs++) {
-    const int64_t parts = std::clamp<int64_t>(threads / outs, 1, ceil_div(tiles, kOuterTiles));
-    const double time = (tiles * (1 + 8. * outs / out) + kOnce * parts) / (outs * parts);
-    if (least == 0 || time < least) least = time, best = {outs, parts};
-  }
-  return best;
-}
 
 }  // namespace
 
@@ -412,17 +431,7 @@ bool winograd_weight_grad(const Kernels& direct, int64_t batch, const ConvAxis& 
   const WinogradKernels* winograd = choose(kernels, pairs, batch, h.outputs, w.outputs, transforms, large_tiles);
   if (!winograd) return false;
   const Tiles tiles{winograd->outputs, batch, h.outputs, w.outputs};
-  const auto [out_parts, tile_parts] = divide(tiles.count(), out, kernels.max_rows);
-  const int64_t parts = out_parts * tile_parts;
-  const PartialSums sums(tile_parts, h.kernel, w.kernel, out, in, dweight);
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const Range channels = Range{0, out}.part(i % out_parts, out_parts);
-      GradientSum sum(kernels, *winograd, tiles, h, w, dy, channels, x, in, sums.of(i / out_parts, channels));
-      sum.add(Range{0, tiles.count()}.part(i / out_parts, tile_parts), parts);
-    }
-  });
-  sums.add();
+  WeightGradient(kernels, *winograd, tiles, h, w, dy, out, x, in, dweight).add();
   return true;
 }
 
