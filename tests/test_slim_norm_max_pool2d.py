@@ -55,10 +55,19 @@ def test_pooling_equals_torchs(shape, kernel, stride, padding, dtype, memory_for
     torch.testing.assert_close(masked, reference)
 
 
-def test_nan_is_the_maximum():
-    x = image((1, 3, 4, 4))
-    x[0, 1, 2, 1] = torch.nan
-    assert torch.equal(OPS.slim_max_pool2d(x, (2, 2), (2, 2), (0, 0))[0].isnan(), F.max_pool2d(x, 2).isnan())
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_order_of_special_values(dtype):
+    """NaN is the largest whatever its sign; zeros are equal whatever theirs. 70 channels: two vectors and a rest."""
+    values = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 1.0, -1.0, 1e-7, -1e-7])
+    choice = torch.randint(len(values), (2, 70, 9, 9), generator=torch.Generator().manual_seed(0))
+    x = values[choice].to(dtype).contiguous(memory_format=NHWC)
+    window = (3, 3), (2, 2), (1, 1)
+    y, offset = OPS.slim_max_pool2d(x, *window)
+    torch.testing.assert_close(y, F.max_pool2d(x, *window), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(offset, slim_max_pool2d_reference(x, *window)[1])
+    dy = image(y.shape, dtype, seed=1)
+    dx = OPS.slim_max_pool2d_backward(dy, y, offset, x.shape, *window)
+    torch.testing.assert_close(dx, slim_max_pool2d_backward_reference(dy, y, offset, x.shape, *window))
 
 
 # ---- norm and pooling

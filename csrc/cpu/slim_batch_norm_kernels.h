@@ -1,5 +1,5 @@
-// The loops of batch norm over an activation, one table of them for each element type and instruction set, chosen at
-// run time. Arithmetic is in A: float; double for double.
+// The loops of batch norm over an activation and of the max pooling after it, one table of them for each element type
+// and instruction set, chosen at run time. Arithmetic is in A: float; double for double.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -112,7 +112,19 @@ struct Kernels {
                               int64_t pixels, GradientSums* result);
   void (*plane_input_gradients)(const PlanesBackward<T>& planes, int64_t n, int64_t n_end, int64_t c, int64_t c_end,
                                 int64_t pixels);
+
+  // Of the max pooling that follows, slim_max_pool2d.cpp. One output pixel: y, the largest of the pixels, or a NaN
+  // among them; offset, its tap, the first one of several.
+  void (*largest)(const T* const* pixels, const uint8_t* tap, int64_t taps, int64_t channels, T* y, uint8_t* offset);
+  // One input pixel: dx = sum over windows of dy where the window's maximum is at its tap and, where y is given,
+  // positive.
+  void (*sum_of_windows)(const T* const* dy, const T* const* y, const uint8_t* const* offset, const uint8_t* tap,
+                         int64_t windows, int64_t channels, T* dx);
 };
+
+// Those of this processor (and ATEN_CPU_CAPABILITY).
+template <typename T>
+const Kernels<T>& select_kernels();
 
 // One for each instruction set; those of another architecture are missing.
 struct BaselineKernels {

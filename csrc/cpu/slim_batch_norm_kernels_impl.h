@@ -2,6 +2,7 @@
 // Included only in translation units that are compiled for one instruction set.
 #pragma once
 
+#include "cpu/slim_max_pool2d_kernels_impl.h"
 #include "slim_batch_norm.h"
 #include "slim_batch_norm_kernels.h"
 #include "slim_batch_norm_vectors.h"
@@ -627,7 +628,9 @@ struct Table {
                                          plane_moments<S>,
                                          plane_apply,
                                          plane_gradient_sums,
-                                         plane_input_gradients};
+                                         plane_input_gradients,
+                                         largest<S>,
+                                         sum_of_windows<S>};
 };
 
 }  // namespace

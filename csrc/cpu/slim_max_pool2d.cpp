@@ -1,9 +1,9 @@
 // Max pooling that keeps one byte for each maximum, where in its window it is: forward and backward of NHWC images;
 // others are copied to that format. Formulas and shapes: gradaug_kernels/ops/slim_norm_max_pool2d.py.
 //
-// Forward: a task takes rows of outputs, and for each pixel compares the pixels of its window, channels in vectors.
-// Backward gathers: a task takes rows of inputs, and each pixel sums the gradients of those windows whose maximum it
-// is.
+// Forward: a task takes rows of outputs, and for each pixel compares the pixels of its window, channels in vectors
+// (slim_max_pool2d_kernels_impl.h). Backward gathers: a task takes rows of inputs, and each pixel sums the gradients of
+// those windows whose maximum it is.
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
@@ -13,27 +13,16 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
-// The loops over channels are left to the compiler, which makes one version for each instruction set.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define GRADAUG_VERSIONS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define GRADAUG_VERSIONS
-#endif
+#include "cpu/slim_batch_norm_kernels.h"
 
 namespace {
 
 using at::IntArrayRef;
 using at::Tensor;
 
-constexpr int64_t kChannels = 64;  // that are compared at a time, in registers
 constexpr int64_t kGrain = 16384;  // values that are worth a thread
-
-// bfloat16 and float16 are compared and summed as floats.
-template <typename T>
-using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 struct Axis {
   int64_t inputs, outputs, kernel, stride, padding;
@@ -48,54 +37,6 @@ struct Axis {
   }
   int64_t last_output(int64_t input) const { return std::min(outputs - 1, (input + padding) / stride); }
 };
-
-// y: the largest of the pixels, or a NaN among them; offset: its tap, the first one of several.
-template <typename T>
-GRADAUG_VERSIONS void largest(const T* const* pixels, const uint8_t* tap, int64_t taps, int64_t channels, T* y,
-                              uint8_t* offset) {
-  for (int64_t c = 0; c < channels; c += kChannels) {
-    const int64_t n = std::min(kChannels, channels - c);
-    Acc<T> best[kChannels];
-    int32_t where[kChannels];
-    for (int64_t i = 0; i < n; i++) best[i] = static_cast<Acc<T>>(pixels[0][c + i]), where[i] = tap[0];
-    for (int64_t t = 1; t < taps; t++) {
-      const T* from = pixels[t] + c;
-      const int32_t here = tap[t];
-      for (int64_t i = 0; i < n; i++) {
-        const Acc<T> value = static_cast<Acc<T>>(from[i]);
-        const bool larger = value > best[i] || value != value;
-        best[i] = larger ? value : best[i];
-        where[i] = larger ? here : where[i];
-      }
-    }
-    for (int64_t i = 0; i < n; i++) y[c + i] = static_cast<T>(best[i]), offset[c + i] = static_cast<uint8_t>(where[i]);
-  }
-}
-
-// dx = sum over windows of dy where the window's maximum is at its tap and, where y is given, positive.
-template <typename T>
-GRADAUG_VERSIONS void gather(const T* const* dy, const T* const* y, const uint8_t* const* offset, const uint8_t* tap,
-                             int64_t windows, int64_t channels, T* dx) {
-  for (int64_t c = 0; c < channels; c += kChannels) {
-    const int64_t n = std::min(kChannels, channels - c);
-    Acc<T> sum[kChannels] = {};
-    for (int64_t w = 0; w < windows; w++) {
-      const T* gradient = dy[w] + c;
-      const uint8_t* where = offset[w] + c;
-      const uint8_t here = tap[w];
-      if (y[w]) {
-        const T* value = y[w] + c;
-        for (int64_t i = 0; i < n; i++) {
-          const bool passes = where[i] == here && static_cast<Acc<T>>(value[i]) > 0;
-          sum[i] += passes ? static_cast<Acc<T>>(gradient[i]) : 0;
-        }
-      } else {
-        for (int64_t i = 0; i < n; i++) sum[i] += where[i] == here ? static_cast<Acc<T>>(gradient[i]) : 0;
-      }
-    }
-    for (int64_t i = 0; i < n; i++) dx[c + i] = static_cast<T>(sum[i]);
-  }
-}
 
 Tensor nhwc(const Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
 
@@ -116,6 +57,7 @@ std::tuple<Tensor, Tensor> slim_max_pool2d(const Tensor& x, IntArrayRef kernel, 
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "slim_max_pool2d", [&] {
     const scalar_t* from = input.const_data_ptr<scalar_t>();
     scalar_t* to = y.mutable_data_ptr<scalar_t>();
+    const auto& kernels = gradaug::batch_norm::select_kernels<scalar_t>();
     uint8_t* where = offset.mutable_data_ptr<uint8_t>();
     at::parallel_for(0, size[0] * h.outputs, std::max<int64_t>(1, kGrain / std::max<int64_t>(row, 1)),
                      [&](int64_t begin, int64_t end) {
@@ -133,7 +75,7 @@ std::tuple<Tensor, Tensor> slim_max_pool2d(const Tensor& x, IntArrayRef kernel, 
                              }
                            }
                            const int64_t output = i * row + q * channels;
-                           largest(pixels.data(), tap.data(), taps, channels, to + output, where + output);
+                           kernels.largest(pixels.data(), tap.data(), taps, channels, to + output, where + output);
                          }
                        }
                      });
@@ -154,6 +96,7 @@ Tensor slim_max_pool2d_backward(const Tensor& dy, const std::optional<Tensor>& y
     const scalar_t* value = y ? maximum.const_data_ptr<scalar_t>() : nullptr;
     const uint8_t* where = position.const_data_ptr<uint8_t>();
     scalar_t* to = dx.mutable_data_ptr<scalar_t>();
+    const auto& kernels = gradaug::batch_norm::select_kernels<scalar_t>();
     at::parallel_for(0, input_size[0] * h.inputs, std::max<int64_t>(1, kGrain / std::max<int64_t>(row, 1)),
                      [&](int64_t begin, int64_t end) {
                        std::vector<const scalar_t*> gradients(kernel[0] * kernel[1]), values(gradients.size());
@@ -171,8 +114,8 @@ Tensor slim_max_pool2d_backward(const Tensor& dy, const std::optional<Tensor>& y
                                tap[windows] = static_cast<uint8_t>((r - h.first(p)) * w.kernel + s - w.first(q));
                              }
                            }
-                           gather(gradients.data(), values.data(), offsets.data(), tap.data(), windows, channels,
-                                  to + i * row + s * channels);
+                           kernels.sum_of_windows(gradients.data(), values.data(), offsets.data(), tap.data(), windows,
+                                                  channels, to + i * row + s * channels);
                          }
                        }
                      });
