@@ -23,6 +23,14 @@ def _number(n: int) -> Tensor:
     return torch.empty(1).expand(n)
 
 
+def _set(module: nn.Module, **attributes) -> None:
+    """Set attributes that are no parameters, buffers or modules, without nn.Module's search for those.
+
+    A step sets some two thousand of them.
+    """
+    module.__dict__.update(attributes)
+
+
 def _parameters(layer: "FastSlimConv2d | SlimLinear") -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The weight and bias whose first channels are those of the sub-network, and the buffer for the weight's gradient.
 
@@ -75,7 +83,7 @@ class FastSlimConv2d(nn.Conv2d):
 
     def _set_width(self, width: float) -> None:
         out = round_channels(self.out_channels, width, self.divisor) if self.slim_out else self.out_channels
-        self._slim_width, self._is_full, self._out, self._kept = width, width == 1.0, _number(out), None
+        _set(self, _slim_width=width, _is_full=width == 1.0, _out=_number(out), _kept=None)
 
     def _keep(self, outputs: Tensor | None, inputs: Tensor | None) -> None:
         """Compute these channels from those, int64 [out] and [C] in ascending order, None being the first ones.
@@ -153,7 +161,7 @@ class SlimLinear(nn.Linear):
 
     def _set_width(self, width: float) -> None:
         out = round_channels(self.out_features, width, self.divisor) if self.slim_out else self.out_features
-        self._slim_width, self._is_full, self._out, self._kept = width, width == 1.0, _number(out), None
+        _set(self, _slim_width=width, _is_full=width == 1.0, _out=_number(out), _kept=None)
 
     def _keep(self, outputs: Tensor | None, inputs: Tensor | None) -> None:
         """Compute these features from those, int64 [out] and [F] in ascending order, None being the first ones."""
@@ -206,8 +214,8 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
             self.add_width(width)
 
     def _set_width(self, width: float) -> None:
-        self._slim_width, self._is_full, self._kept = width, width == 1.0, None
-        self._statistics = self._names.get(width) if self.track_running_stats else None
+        statistics = self._names.get(width) if self.track_running_stats else None
+        _set(self, _slim_width=width, _is_full=width == 1.0, _statistics=statistics, _kept=None)
 
     def _keep(self, channels: Tensor | None) -> None:
         """Scale and shift by the parameters of these channels, int64 [C] in ascending order, None being the first."""
