@@ -117,7 +117,7 @@ class Conv {
   // dst [place, channels, panel] of panel p, whose places are panels.units apart: channels from k on
   void transform_weight(float* dst, int64_t p, int64_t k, int64_t channels) const {
     const int64_t stored = panels.stored(p);
-    std::vector<float> taps(9 * kPackedDepth * stored);
+    const Buffer taps(9 * kPackedDepth * stored);
     for (const int64_t end = k + channels; k < end; k += kPackedDepth) {
       const int64_t some = std::min(kPackedDepth, end - k);
       for (int64_t t = 0; t < 9; t++) {
