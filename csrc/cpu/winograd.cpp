@@ -360,13 +360,13 @@ class WeightGradient {
   // sum [out, in] of a group of output channels and some input channels, from the first `tiles` of the operands
   void multiply(float* sum, int64_t row, int64_t place, int64_t tiles, const Operands& operands, int64_t og,
                 Range in) const {
-    const int64_t panel = kernels_.panel;
+    const int64_t panel = kernels_.panel, step = ceil_div(tiles, ceil_div(tiles, kOuterTiles));
     for (int64_t i = in.begin; i < in.end; i += panel) {
-      for (int64_t t = 0; t < tiles; t += kOuterTiles) {
+      for (int64_t t = 0; t < tiles; t += step) {
         OuterTile tile{};
         tile.a = operands.gradients + place * dy_place_ + og * dy_group_ + t * out_pitch_;
         tile.b = operands.inputs + place * x_place_ + i / panel * x_panel_ + t * panel;
-        tile.images = tile.rows = 1, tile.pixels = std::min(kOuterTiles, tiles - t), tile.chunk = chunk(x_);
+        tile.images = tile.rows = 1, tile.pixels = std::min(step, tiles - t), tile.chunk = chunk(x_);
         tile.a_pixel = out_pitch_, tile.b_pixel = panel;
         tile.c = sum + i - in.begin;
         tile.c_row = row;
