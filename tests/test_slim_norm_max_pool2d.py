@@ -57,9 +57,13 @@ def test_pooling_equals_torchs(shape, kernel, stride, padding, dtype, memory_for
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 def test_order_of_special_values(dtype):
-    """NaN is the largest whatever its sign; zeros are equal whatever theirs. 70 channels: two vectors and a rest."""
-    values = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 1.0, -1.0, 1e-7, -1e-7])
-    choice = torch.randint(len(values), (2, 70, 9, 9), generator=torch.Generator().manual_seed(0))
+    """NaN is the largest whatever its sign; zeros are equal whatever theirs. 70 channels: two vectors and a rest.
+
+    Channel c has the first 1 + c % 10 values: the later ones would be the maximum of nearly every window.
+    """
+    values = torch.tensor([-1.0, -torch.inf, -1e-7, -0.0, 0.0, 1e-7, 1.0, torch.inf, torch.nan, -torch.nan])
+    choice = torch.randint(2520, (2, 70, 9, 9), generator=torch.Generator().manual_seed(0))
+    choice = choice % (1 + torch.arange(70) % len(values))[:, None, None]
     x = values[choice].to(dtype).contiguous(memory_format=NHWC)
     window = (3, 3), (2, 2), (1, 1)
     y, offset = OPS.slim_max_pool2d(x, *window)

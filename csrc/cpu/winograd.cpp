@@ -242,10 +242,11 @@ void tiles_by_panels(const Conv& conv, const Tiles& tiles) {
 // 3. after the last block the sums are transformed back and added to the gradient.
 // Where one block holds all tiles, a task takes all places of a group of output and of input channels instead: their
 // sums stay in the second-level cache and are transformed back at once.
-class WeightGradient {
+class WinogradWeightGrad {
  public:
-  WeightGradient(const Kernels& kernels, const WinogradKernels& winograd, const Tiles& tiles, const ConvAxis& h,
-                 const ConvAxis& w, const Image& dy, int64_t out, const Image& x, int64_t in, const WeightGrad& dweight)
+  WinogradWeightGrad(const Kernels& kernels, const WinogradKernels& winograd, const Tiles& tiles, const ConvAxis& h,
+                     const ConvAxis& w, const Image& dy, int64_t out, const Image& x, int64_t in,
+                     const WeightGrad& dweight)
       : kernels_(kernels),
         winograd_(winograd),
         tiles_(tiles),
@@ -267,7 +268,8 @@ class WeightGradient {
     const int64_t out_side = std::clamp<int64_t>(square / in_group_, std::min<int64_t>(out, kernels.max_rows), out);
     out_pitch_ = round_up(ceil_div(out, ceil_div(out, out_side)), kernels.lanes);
     out_group_ = std::min(out, out_pitch_);
-    // One block of all tiles is best also where its operands are smaller than all sums would be.
+    // One block of all tiles spares the sums the way to memory and back: worth twice a block's size, or that of all
+    // sums.
     const int64_t tile_units = places_ * (panels_ * panel + out_groups() * out_pitch_);
     block_ = tiles.count();
     if (block_ * tile_units > std::max(2 * kGradientUnits, places_ * out * in)) {
@@ -431,7 +433,7 @@ bool winograd_weight_grad(const Kernels& direct, int64_t batch, const ConvAxis& 
   const WinogradKernels* winograd = choose(kernels, pairs, batch, h.outputs, w.outputs, transforms, large_tiles);
   if (!winograd) return false;
   const Tiles tiles{winograd->outputs, batch, h.outputs, w.outputs};
-  WeightGradient(kernels, *winograd, tiles, h, w, dy, out, x, in, dweight).add();
+  WinogradWeightGrad(kernels, *winograd, tiles, h, w, dy, out, x, in, dweight).add();
   return true;
 }
 

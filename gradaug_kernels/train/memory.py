@@ -15,4 +15,4 @@ def keep_freed_blocks() -> None:
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, -1)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never; the largest integer would trim what is over 2 GiB
