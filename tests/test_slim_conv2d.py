@@ -18,6 +18,8 @@ CASES = conv_cases()
 # Larger than one block of any kernel, with the counts that sub-networks have: multiples of nothing.
 LARGE = [
     ConvCase("large 1x1", 2, (17, 19), (301, 187), (1, 1), padding=(0, 0)),
+    ConvCase("large 1x1, few input channels", 3, (21, 22), (37, 109), (1, 1), padding=(0, 0)),
+    ConvCase("large 1x1, five channels to 61", 2, (21, 22), (5, 61), (1, 1), padding=(0, 0), x_layout="wide"),
     ConvCase("large 1x1, stride 2", 2, (15, 16), (187, 301), (1, 1), (2, 2), (0, 0)),
     ConvCase("large 3x3", 3, (15, 14), (187, 131)),
     ConvCase("large 3x3, stride 2", 2, (29, 28), (67, 131), stride=(2, 2)),

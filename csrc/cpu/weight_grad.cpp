@@ -1,8 +1,7 @@
 // Weight gradient of a convolution, a matrix product that sums over pixels:
 // 1. threads share the output channels of a large weight, and the pixels of a small one (each then has its own sum);
-// 2. a thread takes blocks of a few hundred pixels and copies them to adjacent memory, x in panels of up to 32
-// channels,
-//    where they are not in that form already; the next block is fetched from memory meanwhile.
+// 2. a thread takes blocks of a few hundred pixels, of which it copies what it cannot read in place to adjacent memory,
+//    x in panels of up to 32 channels; the next block is fetched from memory meanwhile.
 //    bfloat16 units are pairs of the same pixel of two images, so that a tap shifts pairs as it shifts pixels;
 // 3. for each panel and tap, tiles of up to 14 output channels sum the block in registers, over those pixels that the
 //    tap finds inside the image, and are added to the gradient;
@@ -145,14 +144,14 @@ class Sum {
   }
 
   // x of the block: [panels, images, input rows, input columns, panel], every step-th column; where it is, if that is
-  // in units, one panel suffices, and a vector that begins in a pixel ends in the image.
+  // in units, one tap reads it, and a vector that begins in a pixel ends in the image.
   Units inputs(const Block& block) {
     const Range rows = input_range(h_, block.rows), columns = input_range(w_, block.columns);
-    if (kernels_.pair == 1 && x_.dtype == Dtype::f32 && in_ <= kernels_.panel && w_.kernel == 1 && h_.kernel == 1) {
+    if (kernels_.pair == 1 && x_.dtype == Dtype::f32 && w_.kernel == 1 && h_.kernel == 1) {
       const int64_t after = (w_.inputs - columns.end) * x_.w;  // floats of the same row
       if (after >= kernels_.panel || in_ % kernels_.lanes == 0) {
         const char* first = x_.at(block.images.begin, rows.begin, columns.begin);
-        return {reinterpret_cast<const float*>(first), 0, x_.n, x_.h, x_.w * column_step()};
+        return {reinterpret_cast<const float*>(first), kernels_.panel, x_.n, x_.h, x_.w * column_step()};
       }
     }
     const int64_t width = ceil_div(columns.size(), column_step()), panel = stored_panel(kernels_, in_);
@@ -282,13 +281,24 @@ void few_channels(const Kernels& kernels, int64_t batch, const ConvAxis& h, cons
   }
 }
 
+// Whether the kernel is 1x1 and reads every pixel: dy and x then play the same part.
+bool reads_pixels_once(const ConvAxis& h, const ConvAxis& w) {
+  const auto once = [](const ConvAxis& axis) { return axis.kernel == 1 && axis.stride == 1 && axis.padding == 0; };
+  return once(h) && once(w);
+}
+
+// Whether a product has fewer empty lanes with `out` in its columns and `in` in its rows, and is small enough for its
+// sums to be transposed.
+bool fills_panels_better(const Kernels& kernels, int64_t out, int64_t in) {
+  const auto padded = [&](int64_t columns) { return ceil_div(columns, kernels.lanes) * kernels.lanes; };
+  return 32 * padded(out) * in < 31 * padded(in) * out && out * in <= 64 * 1024;
+}
+
 // For 1x1 kernels on images whose pixels are evenly spaced in memory: one row of all pixels, or, where pixels of two
 // images are paired, one row of either half of them.
 void flatten(int64_t pair, int64_t& batch, ConvAxis& h, ConvAxis& w, Image& dy, Image& x) {
   const int64_t images = batch * h.outputs * w.outputs % pair == 0 ? pair : batch;
-  for (const ConvAxis* axis : {&h, &w}) {
-    if (axis->kernel != 1 || axis->stride != 1 || axis->padding != 0) return;
-  }
+  if (!reads_pixels_once(h, w)) return;
   for (const Image* image : {&dy, &x}) {
     if ((h.outputs > 1 && image->h != w.outputs * image->w) ||
         (batch > 1 && image->n != h.outputs * w.outputs * image->w)) {
@@ -321,6 +331,10 @@ Image read_pixels(Buffer& memory, int64_t batch, const ConvAxis& h, const ConvAx
 
 void conv_weight_grad(const Kernels& kernels, int64_t batch, const ConvAxis& h_axis, const ConvAxis& w_axis,
                       const Image& dy_image, int64_t out, const Image& x_image, int64_t in, const WeightGrad& dweight) {
+  if (reads_pixels_once(h_axis, w_axis) && fills_panels_better(kernels, out, in)) {
+    const WeightGrad transposed{dweight.data, dweight.in, dweight.h, dweight.w, dweight.out};
+    return conv_weight_grad(kernels, batch, h_axis, w_axis, x_image, in, dy_image, out, transposed);
+  }
   if (w_axis.kernel > 1 && w_axis.dilation == 1 && in <= 4) {
     return few_channels(kernels, batch, h_axis, w_axis, dy_image, out, x_image, in, dweight);
   }
