@@ -7,6 +7,7 @@
 //    tap finds inside the image, and are added to the gradient;
 // 4. where threads shared the pixels, their sums are added in the order of the threads.
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <vector>
 
@@ -223,20 +224,40 @@ class Sum {
 void few_channels(const Kernels& kernels, int64_t batch, const ConvAxis& h, const ConvAxis& w, const Image& dy,
                   int64_t out, const Image& x, int64_t in, const WeightGrad& dweight) {
   const int64_t row = w.kernel * in, panel = stored_panel(kernels, out), panels = ceil_div(out, panel);
-  const bool copied = kernels.pair == 2 || dy.dtype != Dtype::f32 || out % kernels.lanes != 0;
+  const bool in_units = kernels.pair == 1 && dy.dtype == Dtype::f32, whole_vectors = out % kernels.lanes == 0;
   const int64_t height = std::min<int64_t>(h.outputs, ceil_div(256, w.outputs));  // of a block of outputs
   const int64_t down = ceil_div(h.outputs, height), blocks = ceil_div(batch, kernels.pair) * down;
   const int64_t parts = std::min<int64_t>(at::get_num_threads(), blocks), size = h.kernel * row * out;
   std::vector<float> sums(parts * size);  // [parts, KH, row, out]
+  // The rows of dy and x, of one image or two, that a block adds to those of the block before it.
+  const auto rows_of_block = [&](int64_t b) {
+    const int64_t n = b / down * kernels.pair, first = b % down * height, rows = std::min(height, h.outputs - first);
+    const auto of_image = [](const Image& image, int64_t n, int64_t first, int64_t count, int64_t width) {
+      const int64_t size = size_of(image.dtype);
+      return Prefetch(image.at(n, first, 0), count, image.h * size, width * image.w * size);
+    };
+    const int64_t x_first = std::min(first * h.stride, h.inputs - 1);
+    const int64_t x_rows = std::min(rows * h.stride, h.inputs - x_first);
+    std::array<Prefetch, 4> found;
+    for (int64_t i = 0; i < kernels.pair && n + i < batch; i++) {
+      found[2 * i] = of_image(dy, n + i, first, rows, w.outputs);
+      found[2 * i + 1] = of_image(x, n + i, x_first, x_rows, w.inputs);
+    }
+    return found;
+  };
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     Band band{0, 1, (height - 1) * h.stride + (h.kernel - 1) * h.dilation + 1, -w.padding, 1, w.inputs + 2 * w.padding,
               in};
     const int64_t dy_row = w.outputs * panel, dy_panel = height * dy_row;
-    const Buffer band_memory(band.units()), dy_memory(copied ? panels * dy_panel : 0);
+    const Buffer band_memory(band.units()), dy_memory(in_units && whole_vectors ? 0 : panels * dy_panel);
     for (int64_t part = begin; part < end; part++) {
       const Range mine = Range{0, blocks}.part(part, parts);
       for (int64_t b = mine.begin; b < mine.end; b++) {
         const int64_t n = b / down, first = b % down * height, rows = std::min(height, h.outputs - first);
+        // The vectors of an image's last pixels may end beyond it.
+        const bool copied = !in_units || (!whole_vectors && first + rows == h.outputs);
+        const auto next = b + 1 < mine.end ? rows_of_block(b + 1) : std::array<Prefetch, 4>{};
+        auto fetching = next;
         band.first_row = first * h.stride - h.padding;
         fill_band(band_memory.data(), band, h.inputs, w.inputs, [&](float* to, int64_t r, int64_t c, int64_t count) {
           const bool one_run = x.w == in;
@@ -260,6 +281,7 @@ void few_channels(const Kernels& kernels, int64_t batch, const ConvAxis& h, cons
                             : reinterpret_cast<const float*>(dy.at(n, first, 0)) + p * panel;
             tile.c = sums.data() + part * size + kh * row * out + p * panel;
             tile.columns = std::min(panel, out - p * panel);
+            for (size_t i = 0; i < next.size(); i++) fetching[i].fetch(ceil_div(next[i].lines(), h.kernel * panels));
             kernels.outer(tile);
           }
         }
