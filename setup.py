@@ -86,13 +86,14 @@ def native_extensions():
 
     cxx = ["-O3", "-std=c++20", "-fopenmp", "-DAT_PARALLEL_OPENMP=1"]
     extensions = [
+        CppExtension("gradaug_kernels._autograd", ["csrc/autograd.cpp"], extra_compile_args={"cxx": cxx}),
         CppExtension(
             "gradaug_kernels._cpu",
             sources("csrc/module.cpp", "csrc/cpu/*.cpp"),
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args={"cxx": cxx},
             extra_link_args=["-fopenmp"],
-        )
+        ),
     ]
     config = {"cpu": True, "torch": torch.__version__, "cxx_flags": " ".join(cxx)}
 

@@ -1,7 +1,8 @@
 """How an operator reaches a kernel: the whole dispatch story.
 
 `define` declares an operator with its plain-PyTorch reference, which serves every device from the first day.
-`differentiable` attaches the autograd formula. A C++ kernel takes over its device when the native library that
+`differentiable` attaches the autograd formula, which csrc/autograd.cpp has once more, in C++, for the eager calls of
+the most frequent operators. A C++ kernel takes over its device when the native library that
 registers it is imported (csrc/*/<op>, last lines); `use_kernel` does the same for a Python (Triton) launcher.
 
 On CUDA several kernels can serve a convolution, and a dispatch key has room for one: a second registration would win
@@ -13,6 +14,7 @@ import functools
 import importlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,10 +85,12 @@ def differentiable(op: torch._ops.OpOverload, setup_context: Callable, backward:
         def backward(ctx, *grads):
             return backward(ctx, *grads)
 
+    eager = _in_cpp(op) or Eager.apply
+
     def call(*args):
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return op(*args)
-        return Eager.apply(*args)
+        return eager(*args)
 
     return call
 
@@ -115,7 +119,14 @@ def differentiable_into_buffer(op: torch._ops.OpOverload, setup_context: Callabl
         def backward(ctx, dy, *_):
             return *gradients(ctx, dy, ctx.weight_grad), None
 
-    return IntoBuffer.apply
+    eager = _in_cpp(op) or IntoBuffer.apply
+
+    def call(*args):
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return IntoBuffer.apply(*args)
+        return eager(*args)
+
+    return call
 
 
 def differentiable_once(*ops: torch._ops.OpOverload) -> None:
@@ -217,7 +228,7 @@ def load_native() -> None:
         )
     # A CUDA library needs libtorch_cuda, which a CPU build of the same torch release does not have.
     with_cuda = config["cuda"] and torch.version.cuda and cuda_choice() != "reference"
-    for name in ("_cpu", "_cuda") if with_cuda else ("_cpu",):
+    for name in ("_autograd", "_cpu", "_cuda") if with_cuda else ("_autograd", "_cpu"):
         try:
             importlib.import_module(f"gradaug_kernels.{name}")
         except ImportError as error:
@@ -225,6 +236,15 @@ def load_native() -> None:
                 f"gradaug_kernels.{name} was built for torch {config['torch']} but cannot be loaded ({error}); "
                 "run `pip install .` again in the folder of gradaug_kernels' sources"
             ) from error
+
+
+def _in_cpp(op: torch._ops.OpOverload) -> Callable | None:
+    """The operator with its autograd formula in C++ (csrc/autograd.cpp), if it has one and that was built.
+
+    It takes the operator's arguments, and perhaps a buffer for the weight's gradient after them.
+    """
+    library = sys.modules.get("gradaug_kernels._autograd")
+    return getattr(library, _name(op), None)
 
 
 def _name(op: torch._ops.OpOverload) -> str:

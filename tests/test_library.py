@@ -70,3 +70,65 @@ assert all(torch.isfinite(loss) for loss in (losses.full, *losses.subnets))
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=300)
+
+
+def _image(*shape):
+    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
+
+
+def _formula_cases():
+    """operator, its arguments, and the names of those that take a gradient."""
+    torch.manual_seed(0)
+    x, weight, bias = _image(3, 5, 7, 6), torch.randn(9, 6, 3, 3), torch.randn(9)
+    geometry = ([2, 1], [1, 1], [1, 1], 1)
+    rows, matrix = torch.randn(2, 3, 5), torch.randn(9, 6)
+    gamma, beta, mean, var = torch.rand(8), torch.randn(8), torch.randn(5), torch.rand(5) + 0.5
+    yield "slim_conv2d", (x, weight, bias, 7, *geometry), (0, 1, 2)
+    yield "slim_conv2d", (x, weight, None, 9, *geometry), (1,)
+    yield "slim_conv2d", (x, weight, bias, 7, *geometry), (0, 2)
+    yield "slim_linear", (rows, matrix, bias, 7), (0, 1, 2)
+    yield "slim_linear", (rows, matrix, None, 9), (0,)
+    yield "slim_linear", (rows[0], matrix, bias, 9), (1, 2)
+    for residual in (None, _image(3, 5, 7, 6)):
+        takes = () if residual is None else (5,)
+        yield "slim_batch_norm", (x, gamma, beta, None, None, residual, True, 1e-5), (0, 1, 2, *takes)
+        yield "slim_batch_norm", (x, gamma, None, None, None, residual, False, 1e-5), (0, *takes)
+        yield "slim_batch_norm", (x, None, beta, mean, var, residual, True, 1e-5), (2, *takes)
+        yield "slim_batch_norm", (x, None, None, mean, var, residual, False, 1e-5), (0,)
+
+
+def _result_and_gradients(call, args, takes):
+    args = [a.detach().clone().requires_grad_(i in takes) if torch.is_tensor(a) else a for i, a in enumerate(args)]
+    y = call(*args)
+    y = y[0] if isinstance(y, tuple) else y
+    y.backward(torch.linspace(-1, 1, y.numel()).reshape(y.shape))
+    return [y, *(a.grad for a in args if torch.is_tensor(a))]
+
+
+@pytest.mark.parametrize(("name", "args", "takes"), list(_formula_cases()))
+def test_autograd_formulas_in_cpp_are_those_in_python(name, args, takes):
+    op = getattr(torch.ops.gradaug, name).default
+    in_cpp = _library._in_cpp(op)
+    if in_cpp is None:
+        pytest.skip("built with GRADAUG_BUILD_EXT=0")
+    expected, found = _result_and_gradients(op, args, takes), _result_and_gradients(in_cpp, args, takes)
+    for a, b in zip(expected, found, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or (torch.equal(a, b) and a.stride() == b.stride())
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "takes"), [c for c in _formula_cases() if c[0] != "slim_batch_norm" and 1 in c[2]]
+)
+def test_autograd_formulas_in_cpp_add_to_a_buffer(name, args, takes):
+    in_cpp = _library._in_cpp(getattr(torch.ops.gradaug, name).default)
+    if in_cpp is None:
+        pytest.skip("built with GRADAUG_BUILD_EXT=0")
+    expected = _result_and_gradients(in_cpp, args, takes)
+    buffer = torch.zeros_like(args[1])
+    found = _result_and_gradients(lambda *args: in_cpp(*args, buffer), args, takes)
+    assert found[2] is None
+    found[2] = buffer
+    for a, b in zip(expected, found, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)

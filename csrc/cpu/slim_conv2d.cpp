@@ -210,10 +210,18 @@ void slim_conv2d_weight_grad_(const Tensor& dy, const Tensor& x, Tensor& dweight
   if (!in_place) target.add_(sum);
 }
 
+Tensor slim_conv2d_weight_grad(const Tensor& dy, const Tensor& x, const Tensor& weight, IntArrayRef stride,
+                               IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
+  Tensor dweight = at::zeros_like(weight);
+  slim_conv2d_weight_grad_(dy, x, dweight, stride, padding, dilation, groups);
+  return dweight;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gradaug, CPU, m) {
   m.impl("slim_conv2d", slim_conv2d);
   m.impl("slim_conv2d_input_grad", slim_conv2d_input_grad);
   m.impl("slim_conv2d_weight_grad_", slim_conv2d_weight_grad_);
+  m.impl("slim_conv2d_weight_grad", slim_conv2d_weight_grad);
 }

@@ -99,10 +99,19 @@ void slim_linear_weight_grad_(const Tensor& dy, const Tensor& x, Tensor& dweight
   if (!in_place) target.add_(sum);
 }
 
+Tensor slim_linear_weight_grad(const Tensor& dy, const Tensor& x, const Tensor& weight) {
+  const bool whole = dy.size(-1) == weight.size(0) && x.size(-1) == weight.size(1);
+  if (whole && dy.scalar_type() == weight.scalar_type() && weight.is_contiguous()) return at::mm(rows(dy).t(), rows(x));
+  Tensor dweight = at::zeros_like(weight);
+  slim_linear_weight_grad_(dy, x, dweight);
+  return dweight;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gradaug, CPU, m) {
   m.impl("slim_linear", slim_linear);
   m.impl("slim_linear_input_grad", slim_linear_input_grad);
   m.impl("slim_linear_weight_grad_", slim_linear_weight_grad_);
+  m.impl("slim_linear_weight_grad", slim_linear_weight_grad);
 }
