@@ -122,6 +122,7 @@ Tensor slim_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Te
   }
   const Kernels* kernels = kernels_for(x, channels_adjacent(y), geometry);
   if (!kernels) {
+    y.reset();  // its memory serves the result
     const Tensor w = like(x, slice(weight, out_channels, x.size(1), groups));
     const auto bias_of_x = b ? std::optional<Tensor>(like(x, *b)) : std::nullopt;
     return at::conv2d(x, w, bias_of_x, stride, padding, dilation, groups).contiguous(format);
