@@ -97,13 +97,14 @@ struct Conv2d : Function<Conv2d> {
     const int64_t groups = ctx->saved_data["groups"].toInt(), bias_size = ctx->saved_data["bias_size"].toInt();
     const auto& buffer = ctx->saved_data["weight_grad"];
     variable_list found(9);
-    if (ctx->needs_input_grad(0)) found[0] = input_grad.call(dy, weight, x.sym_sizes(), s, p, d, groups);
     if (ctx->needs_input_grad(1) && buffer.isTensor()) {
       Tensor sum = buffer.toTensor();
       add_weight_grad.call(dy, x, sum, s, p, d, groups);
     } else if (ctx->needs_input_grad(1)) {
       found[1] = weight_grad.call(dy, x, weight, s, p, d, groups);
     }
+    // Last, so that it is still in the caches when the layer before reads it.
+    if (ctx->needs_input_grad(0)) found[0] = input_grad.call(dy, weight, x.sym_sizes(), s, p, d, groups);
     if (bias_size > 0 && ctx->needs_input_grad(2)) found[2] = bias_grad(dy, 1, bias_size);
     return found;
   }

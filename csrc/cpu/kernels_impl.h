@@ -139,7 +139,8 @@ void gemm_tile(const GemmTile& tile, Dtype output) {
 }
 
 // Product of a transposed with b, for weight gradients: each pixel adds the outer product of kRows channels of a with
-// kVectors vectors of b to accumulators in registers, which are added to c at the end.
+// kVectors vectors of b to accumulators in registers, which are added to c at the end. The lines of c, which are as
+// many bytes as the accumulators and seldom in a cache, are asked for at the start.
 template <class S, int kRows, int kVectors>
 void outer_tile(const OuterTile& tile) {
   using V = typename S::V;
@@ -148,6 +149,11 @@ void outer_tile(const OuterTile& tile) {
   alignas(64) float total[kRows * kVectors * S::lanes];
   bool chunked = false;
   int64_t chunk = 0;
+  GRADAUG_UNROLL
+  for (int r = 0; r < kRows; r++) {
+    GRADAUG_UNROLL
+    for (int v = 0; v < kVectors; v++) S::prefetch_to_write(tile.c + r * tile.c_row + v * S::lanes);
+  }
   for (int64_t n = 0; n < tile.images; n++) {
     for (int64_t h = 0; h < tile.rows; h++) {
       const float* a = tile.a + n * tile.a_image + h * tile.a_row;

@@ -173,12 +173,12 @@ def _gradients(ctx, dy, weight_grad):
     """The gradients of all inputs of the operator; that of weight is added to weight_grad, if that is a buffer."""
     x, weight = ctx.saved_tensors
     dx = dweight = dbias = None
-    if ctx.needs_input_grad[0]:
-        dx = _slim_conv2d_input_grad(dy, weight, x.shape, *ctx.geometry)
     if ctx.needs_input_grad[1] and weight_grad is None:
         dweight = _slim_conv2d_weight_grad(dy, x, weight, *ctx.geometry)
     elif ctx.needs_input_grad[1]:
         _slim_conv2d_weight_grad_(dy, x, weight_grad, *ctx.geometry)
+    if ctx.needs_input_grad[0]:  # last, so that it is still in the caches when the layer before reads it
+        dx = _slim_conv2d_input_grad(dy, weight, x.shape, *ctx.geometry)
     if ctx.needs_input_grad[2]:
         dbias = bias_grad(dy, 1, ctx.bias_size)
     return dx, dweight, dbias, None, None, None, None, None
