@@ -86,7 +86,12 @@ def native_extensions():
 
     cxx = ["-O3", "-std=c++20", "-fopenmp", "-DAT_PARALLEL_OPENMP=1"]
     extensions = [
-        CppExtension("gradaug_kernels._autograd", ["csrc/autograd.cpp"], extra_compile_args={"cxx": cxx}),
+        CppExtension(
+            "gradaug_kernels._autograd",
+            ["csrc/autograd.cpp"],
+            include_dirs=[str(ROOT / "csrc")],
+            extra_compile_args={"cxx": cxx},
+        ),
         CppExtension(
             "gradaug_kernels._cpu",
             sources("csrc/module.cpp", "csrc/cpu/*.cpp"),

@@ -1,10 +1,8 @@
 // The operators as a layer calls them in eager mode: the forward pass, and autograd's node, without Python.
 //
 // Formulas, shapes and errors are those of gradaug_kernels/ops, which serve torch.compile, functorch and builds without
-// native code. Both call the same operators, through the dispatcher, so these serve every device. They take as long as
-// PyTorch's own layers do, where Python's took 30 us more for each layer, forward and backward.
+// native code; tests/test_library.py compares the two. Python's took 10 to 30 us more for each layer.
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/new_zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -13,33 +11,44 @@
 #include <optional>
 #include <vector>
 
+#include "operators.h"
+
 namespace {
 
+using namespace gradaug::operators;
 using at::IntArrayRef;
-using at::Tensor;
-using c10::SymInt;
-using c10::SymIntArrayRef;
 using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
-using MaybeTensor = std::optional<Tensor>;
-
-template <class Signature>
-auto find_operator(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 // Operators go straight to their kernels, but where a second derivative may be asked for, which they refuse.
-struct BelowAutograd {
+class BelowAutograd {
+ public:
+  BelowAutograd() {
+    if (!at::GradMode::is_enabled()) guards_.emplace();
+  }
+
+ private:
   struct Guards {
     at::AutoDispatchBelowAutograd autograd;
     c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
   };
-  std::optional<Guards> guards;
-  BelowAutograd() {
-    if (!at::GradMode::is_enabled()) guards.emplace();
-  }
+  std::optional<Guards> guards_;
 };
+
+// Numbers the inputs that are tensors, as needs_input_grad does.
+class Inputs {
+ public:
+  explicit Inputs(AutogradContext* ctx) : ctx_(ctx) {}
+  bool next(bool given = true) { return given && ctx_->needs_input_grad(i_++); }
+
+ private:
+  AutogradContext* ctx_;
+  size_t i_ = 0;
+};
+
+Tensor or_undefined(const MaybeTensor& t) { return t.value_or(Tensor()); }
+MaybeTensor or_none(const Tensor& t) { return t.defined() ? MaybeTensor(t) : std::nullopt; }
 
 // The gradient [size] of a full-width bias: dy summed over all but its channels, then zeros.
 Tensor bias_grad(const Tensor& dy, int64_t channel_dim, int64_t size) {
@@ -54,58 +63,64 @@ Tensor bias_grad(const Tensor& dy, int64_t channel_dim, int64_t size) {
   return dbias;
 }
 
-MaybeTensor maybe(const Tensor& t) { return t.defined() ? MaybeTensor(t) : std::nullopt; }
+int64_t size_of(const MaybeTensor& bias) { return bias ? bias->size(0) : 0; }
+
+// Stride, padding, dilation and groups of a convolution.
+struct Geometry {
+  c10::DimVector stride, padding, dilation;
+  int64_t groups;
+
+  Geometry(IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups)
+      : stride(stride), padding(padding), dilation(dilation), groups(groups) {}
+  explicit Geometry(AutogradContext* ctx)
+      : stride(ctx->saved_data["stride"].toDimVector()),
+        padding(ctx->saved_data["padding"].toDimVector()),
+        dilation(ctx->saved_data["dilation"].toDimVector()),
+        groups(ctx->saved_data["groups"].toInt()) {}
+
+  void save(AutogradContext* ctx) const {
+    ctx->saved_data["stride"] = IntArrayRef(stride);
+    ctx->saved_data["padding"] = IntArrayRef(padding);
+    ctx->saved_data["dilation"] = IntArrayRef(dilation);
+    ctx->saved_data["groups"] = groups;
+  }
+  Integers s() const { return c10::fromIntArrayRefSlow(stride); }
+  Integers p() const { return c10::fromIntArrayRefSlow(padding); }
+  Integers d() const { return c10::fromIntArrayRefSlow(dilation); }
+};
 
 // ---- gradaug_kernels/ops/slim_conv2d.py
 
 struct Conv2d : Function<Conv2d> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
-                        int64_t out_channels, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                        int64_t groups, const MaybeTensor& weight_grad) {
-    static const auto conv2d =
-        find_operator<Tensor(const Tensor&, const Tensor&, const MaybeTensor&, SymInt, SymIntArrayRef, SymIntArrayRef,
-                             SymIntArrayRef, SymInt)>("gradaug::slim_conv2d");
+                        int64_t out_channels, const Geometry& g, const MaybeTensor& weight_grad) {
     const BelowAutograd guard;
     ctx->save_for_backward({x, weight});
     ctx->saved_data["weight_grad"] = weight_grad;
-    ctx->saved_data["bias_size"] = bias ? bias->size(0) : 0;
-    ctx->saved_data["stride"] = stride;
-    ctx->saved_data["padding"] = padding;
-    ctx->saved_data["dilation"] = dilation;
-    ctx->saved_data["groups"] = groups;
-    return conv2d.call(x, weight, bias, out_channels, c10::fromIntArrayRefSlow(stride),
-                       c10::fromIntArrayRefSlow(padding), c10::fromIntArrayRefSlow(dilation), groups);
+    ctx->saved_data["bias_size"] = size_of(bias);
+    g.save(ctx);
+    return slim_conv2d().call(x, weight, bias, out_channels, g.s(), g.p(), g.d(), g.groups);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto input_grad =
-        find_operator<Tensor(const Tensor&, const Tensor&, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef,
-                             SymIntArrayRef, SymInt)>("gradaug::slim_conv2d_input_grad");
-    static const auto add_weight_grad =
-        find_operator<void(const Tensor&, const Tensor&, Tensor&, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef,
-                           SymInt)>("gradaug::slim_conv2d_weight_grad_");
-    static const auto weight_grad =
-        find_operator<Tensor(const Tensor&, const Tensor&, const Tensor&, SymIntArrayRef, SymIntArrayRef,
-                             SymIntArrayRef, SymInt)>("gradaug::slim_conv2d_weight_grad");
     const BelowAutograd guard;
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &dy = grads[0], &x = saved[0], &weight = saved[1];
-    const auto integers = [&](const char* name) { return ctx->saved_data[name].toDimVector(); };
-    const auto stride = integers("stride"), padding = integers("padding"), dilation = integers("dilation");
-    const auto s = c10::fromIntArrayRefSlow(stride), p = c10::fromIntArrayRefSlow(padding),
-               d = c10::fromIntArrayRefSlow(dilation);
-    const int64_t groups = ctx->saved_data["groups"].toInt(), bias_size = ctx->saved_data["bias_size"].toInt();
+    const Geometry g(ctx);
+    const int64_t bias_size = ctx->saved_data["bias_size"].toInt();
     const auto& buffer = ctx->saved_data["weight_grad"];
-    variable_list found(9);
-    if (ctx->needs_input_grad(1) && buffer.isTensor()) {
+    Inputs needs(ctx);
+    const bool needs_x = needs.next(), needs_weight = needs.next(), needs_bias = needs.next(bias_size > 0);
+    variable_list found(6);
+    if (needs_weight && buffer.isTensor()) {
       Tensor sum = buffer.toTensor();
-      add_weight_grad.call(dy, x, sum, s, p, d, groups);
-    } else if (ctx->needs_input_grad(1)) {
-      found[1] = weight_grad.call(dy, x, weight, s, p, d, groups);
+      slim_conv2d_weight_grad_().call(dy, x, sum, g.s(), g.p(), g.d(), g.groups);
+    } else if (needs_weight) {
+      found[1] = slim_conv2d_weight_grad().call(dy, x, weight, g.s(), g.p(), g.d(), g.groups);
     }
     // Last, so that it is still in the caches when the layer before reads it.
-    if (ctx->needs_input_grad(0)) found[0] = input_grad.call(dy, weight, x.sym_sizes(), s, p, d, groups);
-    if (bias_size > 0 && ctx->needs_input_grad(2)) found[2] = bias_grad(dy, 1, bias_size);
+    if (needs_x) found[0] = slim_conv2d_input_grad().call(dy, weight, x.sym_sizes(), g.s(), g.p(), g.d(), g.groups);
+    if (needs_bias) found[2] = bias_grad(dy, 1, bias_size);
     return found;
   }
 };
@@ -115,36 +130,30 @@ struct Conv2d : Function<Conv2d> {
 struct Linear : Function<Linear> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
                         int64_t out_features, const MaybeTensor& weight_grad) {
-    static const auto linear =
-        find_operator<Tensor(const Tensor&, const Tensor&, const MaybeTensor&, SymInt)>("gradaug::slim_linear");
     const BelowAutograd guard;
     ctx->save_for_backward({x, weight});
     ctx->saved_data["weight_grad"] = weight_grad;
-    ctx->saved_data["bias_size"] = bias ? bias->size(0) : 0;
-    return linear.call(x, weight, bias, out_features);
+    ctx->saved_data["bias_size"] = size_of(bias);
+    return slim_linear().call(x, weight, bias, out_features);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto input_grad =
-        find_operator<Tensor(const Tensor&, const Tensor&, SymInt)>("gradaug::slim_linear_input_grad");
-    static const auto add_weight_grad =
-        find_operator<void(const Tensor&, const Tensor&, Tensor&)>("gradaug::slim_linear_weight_grad_");
-    static const auto weight_grad =
-        find_operator<Tensor(const Tensor&, const Tensor&, const Tensor&)>("gradaug::slim_linear_weight_grad");
     const BelowAutograd guard;
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &dy = grads[0], &x = saved[0], &weight = saved[1];
     const int64_t bias_size = ctx->saved_data["bias_size"].toInt();
     const auto& buffer = ctx->saved_data["weight_grad"];
+    Inputs needs(ctx);
+    const bool needs_x = needs.next(), needs_weight = needs.next(), needs_bias = needs.next(bias_size > 0);
     variable_list found(5);
-    if (ctx->needs_input_grad(0)) found[0] = input_grad.call(dy, weight, x.sym_size(-1));
-    if (ctx->needs_input_grad(1) && buffer.isTensor()) {
+    if (needs_x) found[0] = slim_linear_input_grad().call(dy, weight, x.sym_size(-1));
+    if (needs_weight && buffer.isTensor()) {
       Tensor sum = buffer.toTensor();
-      add_weight_grad.call(dy, x, sum);
-    } else if (ctx->needs_input_grad(1)) {
-      found[1] = weight_grad.call(dy, x, weight);
+      slim_linear_weight_grad_().call(dy, x, sum);
+    } else if (needs_weight) {
+      found[1] = slim_linear_weight_grad().call(dy, x, weight);
     }
-    if (bias_size > 0 && ctx->needs_input_grad(2)) found[2] = bias_grad(dy, dy.dim() - 1, bias_size);
+    if (needs_bias) found[2] = bias_grad(dy, dy.dim() - 1, bias_size);
     return found;
   }
 };
@@ -155,15 +164,11 @@ struct BatchNorm : Function<BatchNorm> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const MaybeTensor& weight,
                                const MaybeTensor& bias, const MaybeTensor& mean, const MaybeTensor& var,
                                const MaybeTensor& residual, bool relu, double eps) {
-    static const auto batch_norm = find_operator<std::tuple<Tensor, Tensor, Tensor>(
-        const Tensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-        const MaybeTensor&, bool, double)>("gradaug::slim_batch_norm");
     const BelowAutograd guard;
-    auto [y, used_mean, used_var] = batch_norm.call(x, weight, bias, mean, var, residual, relu, eps);
+    auto [y, used_mean, used_var] = slim_batch_norm().call(x, weight, bias, mean, var, residual, relu, eps);
     ctx->mark_non_differentiable({used_mean, used_var});
     ctx->set_materialize_grads(false);
-    ctx->save_for_backward(
-        {x, relu ? y : Tensor(), weight.value_or(Tensor()), bias.value_or(Tensor()), used_mean, used_var});
+    ctx->save_for_backward({x, relu ? y : Tensor(), or_undefined(weight), or_undefined(bias), used_mean, used_var});
     ctx->saved_data["batch_stats"] = !mean.has_value();
     ctx->saved_data["has_residual"] = residual.has_value();
     ctx->saved_data["eps"] = eps;
@@ -171,25 +176,88 @@ struct BatchNorm : Function<BatchNorm> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto gradients = find_operator<std::tuple<Tensor, Tensor, Tensor, Tensor>(
-        const Tensor&, const Tensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const Tensor&,
-        const Tensor&, bool, bool, double)>("gradaug::slim_batch_norm_backward");
     variable_list found(8);
     if (!grads[0].defined()) return found;
     const BelowAutograd guard;
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &dy = grads[0], &x = saved[0], &y = saved[1], &weight = saved[2], &bias = saved[3];
     const bool batch_stats = ctx->saved_data["batch_stats"].toBool();
-    // The statistics that were given come before the residual among the inputs that are tensors.
-    const size_t residual = 1 + weight.defined() + bias.defined() + (batch_stats ? 0 : 2);
-    const bool needs_dresidual = ctx->saved_data["has_residual"].toBool() && ctx->needs_input_grad(residual);
+    Inputs needs(ctx);
+    const bool needs_x = needs.next();
+    needs.next(weight.defined()), needs.next(bias.defined());
+    needs.next(!batch_stats), needs.next(!batch_stats);  // mean, var
+    const bool needs_residual = needs.next(ctx->saved_data["has_residual"].toBool());
     auto [dx, dz, dweight, dbias] =
-        gradients.call(dy, x, maybe(y), maybe(weight), maybe(bias), saved[4], saved[5], batch_stats,
-                       needs_dresidual && y.defined(), ctx->saved_data["eps"].toDouble());
-    if (ctx->needs_input_grad(0)) found[0] = dx;
+        slim_batch_norm_backward().call(dy, x, or_none(y), or_none(weight), or_none(bias), saved[4], saved[5],
+                                        batch_stats, needs_residual && y.defined(), ctx->saved_data["eps"].toDouble());
+    if (needs_x) found[0] = dx;
     if (weight.defined()) found[1] = dweight;
     if (bias.defined()) found[2] = dbias;
-    if (needs_dresidual) found[5] = y.defined() ? dz : dy;
+    if (needs_residual) found[5] = y.defined() ? dz : dy;
+    return found;
+  }
+};
+
+// ---- gradaug_kernels/ops/slim_norm_conv2d.py
+
+struct NormConv2d : Function<NormConv2d> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const MaybeTensor& mean, const MaybeTensor& var,
+                               const MaybeTensor& gamma, const MaybeTensor& beta, bool batch_stats, bool relu,
+                               double eps, const Tensor& weight, const MaybeTensor& bias, int64_t out_channels,
+                               const Geometry& g, bool statistics, const MaybeTensor& weight_grad) {
+    const BelowAutograd guard;
+    auto [y, used_mean, used_var, y_mean, y_var] =
+        slim_norm_conv2d().call(x, mean, var, gamma, beta, batch_stats, relu, eps, weight, bias, out_channels, g.s(),
+                                g.p(), g.d(), g.groups, statistics);
+    ctx->mark_non_differentiable({used_mean, used_var, y_mean, y_var});
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({x, used_mean, used_var, or_undefined(gamma), or_undefined(beta), weight});
+    ctx->saved_data["given"] = mean.has_value();
+    ctx->saved_data["batch_stats"] = batch_stats || !mean.has_value();
+    ctx->saved_data["relu"] = relu;
+    ctx->saved_data["eps"] = eps;
+    ctx->saved_data["weight_grad"] = weight_grad;
+    ctx->saved_data["bias_size"] = size_of(bias);
+    g.save(ctx);
+    return {y, used_mean, used_var, y_mean, y_var};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list found(14);
+    if (!grads[0].defined()) return found;
+    const BelowAutograd guard;
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &dy = grads[0], &x = saved[0], &mean = saved[1], &var = saved[2], &weight = saved[5];
+    const MaybeTensor gamma = or_none(saved[3]), beta = or_none(saved[4]);
+    const bool given = ctx->saved_data["given"].toBool(), batch_stats = ctx->saved_data["batch_stats"].toBool();
+    const bool relu = ctx->saved_data["relu"].toBool();
+    const double eps = ctx->saved_data["eps"].toDouble();
+    const Geometry g(ctx);
+    const int64_t bias_size = ctx->saved_data["bias_size"].toInt();
+    const auto& buffer = ctx->saved_data["weight_grad"];
+    Inputs needs(ctx);
+    const bool needs_x = needs.next();
+    needs.next(given), needs.next(given);  // mean, var
+    const bool needs_gamma = needs.next(gamma.has_value()), needs_beta = needs.next(beta.has_value());
+    const bool needs_weight = needs.next(), needs_bias = needs.next(bias_size > 0);
+    const bool needs_dx = needs_x || needs_gamma || needs_beta;
+    Tensor dx, dgamma, dbeta;
+    if (buffer.isTensor()) {
+      Tensor sum = buffer.toTensor();
+      std::tie(dx, dgamma, dbeta) =
+          slim_norm_conv2d_backward_().call(dy, x, mean, var, gamma, beta, batch_stats, relu, eps, weight, sum, g.s(),
+                                            g.p(), g.d(), g.groups, needs_dx, needs_weight);
+    } else {
+      Tensor dweight;
+      std::tie(dx, dgamma, dbeta, dweight) =
+          slim_norm_conv2d_backward().call(dy, x, mean, var, gamma, beta, batch_stats, relu, eps, weight, g.s(), g.p(),
+                                           g.d(), g.groups, needs_dx, needs_weight);
+      if (needs_weight) found[8] = dweight;
+    }
+    if (needs_x) found[0] = dx;
+    if (needs_gamma) found[3] = dgamma;
+    if (needs_beta) found[4] = dbeta;
+    if (needs_bias) found[9] = bias_grad(dy, 1, bias_size);
     return found;
   }
 };
@@ -197,14 +265,14 @@ struct BatchNorm : Function<BatchNorm> {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  using pybind11::arg, pybind11::none;
   using NoGil = pybind11::call_guard<pybind11::gil_scoped_release>;
+  using pybind11::arg, pybind11::none;
   m.doc() = "The operators as eager layers call them; see csrc/autograd.cpp.";
   m.def(
       "slim_conv2d",
       [](const Tensor& x, const Tensor& weight, const MaybeTensor& bias, int64_t out_channels, IntArrayRef stride,
          IntArrayRef padding, IntArrayRef dilation, int64_t groups, const MaybeTensor& weight_grad) {
-        return Conv2d::apply(x, weight, bias, out_channels, stride, padding, dilation, groups, weight_grad);
+        return Conv2d::apply(x, weight, bias, out_channels, Geometry(stride, padding, dilation, groups), weight_grad);
       },
       arg("x"), arg("weight"), arg("bias"), arg("out_channels"), arg("stride"), arg("padding"), arg("dilation"),
       arg("groups"), arg("weight_grad") = none(), NoGil());
@@ -221,4 +289,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return std::make_tuple(found[0], found[1], found[2]);
       },
       arg("x"), arg("weight"), arg("bias"), arg("mean"), arg("var"), arg("residual"), arg("relu"), arg("eps"), NoGil());
+  m.def(
+      "slim_norm_conv2d",
+      [](const Tensor& x, const MaybeTensor& mean, const MaybeTensor& var, const MaybeTensor& gamma,
+         const MaybeTensor& beta, bool batch_stats, bool relu, double eps, const Tensor& weight,
+         const MaybeTensor& bias, int64_t out_channels, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+         int64_t groups, bool statistics, const MaybeTensor& weight_grad) {
+        const variable_list found =
+            NormConv2d::apply(x, mean, var, gamma, beta, batch_stats, relu, eps, weight, bias, out_channels,
+                              Geometry(stride, padding, dilation, groups), statistics, weight_grad);
+        return std::make_tuple(found[0], found[1], found[2], found[3], found[4]);
+      },
+      arg("x"), arg("mean"), arg("var"), arg("gamma"), arg("beta"), arg("batch_stats"), arg("relu"), arg("eps"),
+      arg("weight"), arg("bias"), arg("out_channels"), arg("stride"), arg("padding"), arg("dilation"), arg("groups"),
+      arg("statistics"), arg("weight_grad") = none(), NoGil());
 }

@@ -95,14 +95,19 @@ def _formula_cases():
         yield "slim_batch_norm", (x, gamma, None, None, None, residual, False, 1e-5), (0, *takes)
         yield "slim_batch_norm", (x, None, beta, mean, var, residual, True, 1e-5), (2, *takes)
         yield "slim_batch_norm", (x, None, None, mean, var, residual, False, 1e-5), (0,)
+    convolution = (weight, bias, 7, *geometry, False)
+    yield "slim_norm_conv2d", (x, None, None, gamma, beta, True, True, 1e-5, *convolution), (0, 3, 4, 8, 9)
+    yield "slim_norm_conv2d", (x, mean, var, gamma, beta, True, False, 1e-5, *convolution), (0, 3, 8)
+    yield "slim_norm_conv2d", (x, mean, var, None, beta, False, True, 1e-5, weight, None, 7, *geometry, True), (4, 8)
+    yield "slim_norm_conv2d", (x, None, None, gamma, None, True, True, 1e-5, *convolution), (8, 9)
 
 
-def _result_and_gradients(call, args, takes):
+def _results_and_gradients(call, args, takes):
     args = [a.detach().clone().requires_grad_(i in takes) if torch.is_tensor(a) else a for i, a in enumerate(args)]
-    y = call(*args)
-    y = y[0] if isinstance(y, tuple) else y
-    y.backward(torch.linspace(-1, 1, y.numel()).reshape(y.shape))
-    return [y, *(a.grad for a in args if torch.is_tensor(a))]
+    results = call(*args)
+    results = list(results) if isinstance(results, tuple) else [results]
+    results[0].backward(torch.linspace(-1, 1, results[0].numel()).reshape(results[0].shape))
+    return results, {i: a.grad for i, a in enumerate(args) if torch.is_tensor(a)}
 
 
 @pytest.mark.parametrize(("name", "args", "takes"), list(_formula_cases()))
@@ -111,24 +116,32 @@ def test_autograd_formulas_in_cpp_are_those_in_python(name, args, takes):
     in_cpp = _library._in_cpp(op)
     if in_cpp is None:
         pytest.skip("built with GRADAUG_BUILD_EXT=0")
-    expected, found = _result_and_gradients(op, args, takes), _result_and_gradients(in_cpp, args, takes)
-    for a, b in zip(expected, found, strict=True):
-        assert (a is None) == (b is None)
-        assert a is None or (torch.equal(a, b) and a.stride() == b.stride())
+    expected, found = _results_and_gradients(op, args, takes), _results_and_gradients(in_cpp, args, takes)
+    for a, b in zip(expected[0], found[0], strict=True):
+        assert torch.equal(a, b)
+        assert (a.stride(), a.requires_grad) == (b.stride(), b.requires_grad)
+    for i, grad in expected[1].items():
+        assert (grad is None) == (found[1][i] is None) == (i not in takes)
+        assert grad is None or (torch.equal(grad, found[1][i]) and grad.stride() == found[1][i].stride())
 
 
-@pytest.mark.parametrize(
-    ("name", "args", "takes"), [c for c in _formula_cases() if c[0] != "slim_batch_norm" and 1 in c[2]]
-)
-def test_autograd_formulas_in_cpp_add_to_a_buffer(name, args, takes):
+def _buffer_cases():
+    """Those whose weight takes a gradient, and its place among the arguments."""
+    places = {"slim_conv2d": 1, "slim_linear": 1, "slim_norm_conv2d": 8}
+    return [(*case, places[case[0]]) for case in _formula_cases() if places.get(case[0]) in case[2]]
+
+
+@pytest.mark.parametrize(("name", "args", "takes", "weight"), _buffer_cases())
+def test_autograd_formulas_in_cpp_add_to_a_buffer(name, args, takes, weight):
     in_cpp = _library._in_cpp(getattr(torch.ops.gradaug, name).default)
     if in_cpp is None:
         pytest.skip("built with GRADAUG_BUILD_EXT=0")
-    expected = _result_and_gradients(in_cpp, args, takes)
-    buffer = torch.zeros_like(args[1])
-    found = _result_and_gradients(lambda *args: in_cpp(*args, buffer), args, takes)
-    assert found[2] is None
-    found[2] = buffer
-    for a, b in zip(expected, found, strict=True):
-        assert (a is None) == (b is None)
-        assert a is None or torch.equal(a, b)
+    expected = _results_and_gradients(in_cpp, args, takes)
+    buffer = torch.zeros_like(args[weight])
+    found = _results_and_gradients(lambda *args: in_cpp(*args, buffer), args, takes)
+    assert found[1][weight] is None
+    found[1][weight] = buffer
+    for a, b in zip(expected[0], found[0], strict=True):
+        assert torch.equal(a, b)
+    for i in takes:
+        assert torch.equal(expected[1][i], found[1][i])
