@@ -184,8 +184,8 @@ struct BatchNorm : Function<BatchNorm> {
     const bool batch_stats = ctx->saved_data["batch_stats"].toBool();
     Inputs needs(ctx);
     const bool needs_x = needs.next();
-    needs.next(weight.defined()), needs.next(bias.defined());
-    needs.next(!batch_stats), needs.next(!batch_stats);  // mean, var
+    // weight, bias, mean, var
+    for (const bool given : {weight.defined(), bias.defined(), !batch_stats, !batch_stats}) needs.next(given);
     const bool needs_residual = needs.next(ctx->saved_data["has_residual"].toBool());
     auto [dx, dz, dweight, dbias] =
         slim_batch_norm_backward().call(dy, x, or_none(y), or_none(weight), or_none(bias), saved[4], saved[5],
@@ -237,7 +237,7 @@ struct NormConv2d : Function<NormConv2d> {
     const auto& buffer = ctx->saved_data["weight_grad"];
     Inputs needs(ctx);
     const bool needs_x = needs.next();
-    needs.next(given), needs.next(given);  // mean, var
+    for (int i = 0; i < 2; i++) needs.next(given);  // mean, var
     const bool needs_gamma = needs.next(gamma.has_value()), needs_beta = needs.next(beta.has_value());
     const bool needs_weight = needs.next(), needs_bias = needs.next(bias_size > 0);
     const bool needs_dx = needs_x || needs_gamma || needs_beta;

@@ -109,10 +109,12 @@ Tensor slim_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Te
     const int64_t window = dilation[i] * (weight.size(2 + i) - 1) + 1;
     size.push_back((x.size(2 + i) + 2 * padding[i] - window) / stride[i] + 1);
   }
-  Tensor y = at::empty(size, x.options().memory_format(format));  // [N, out, OH, OW]
-  if (y.numel() == 0) return y;
-  const auto* small_groups = depthwise_kernels_for(x, channels_adjacent(y), x.size(1), out_channels, geometry);
+  const auto allocate = [&] { return at::empty(size, x.options().memory_format(format)); };  // [N, out, OH, OW]
+  if (c10::multiply_integers(size) == 0) return allocate();
+  const bool adjacent = format == at::MemoryFormat::ChannelsLast || out_channels == 1 || size[2] * size[3] == 1;
+  const auto* small_groups = depthwise_kernels_for(x, adjacent, x.size(1), out_channels, geometry);
   if (small_groups && !is_left_to_torch(x, x.size(1), geometry, 0)) {
+    const Tensor y = allocate();
     const Tensor input = nhwc(x), float_bias = b ? b->to(at::kFloat).contiguous() : Tensor();
     depthwise_forward(*small_groups, x.size(0), geometry.axis(0, x.sizes(), size, weight.sizes()),
                       geometry.axis(1, x.sizes(), size, weight.sizes()), image(input), grouped(weight),
@@ -120,13 +122,13 @@ Tensor slim_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Te
                       static_cast<int>(out_channels / groups));
     return y;
   }
-  const Kernels* kernels = kernels_for(x, channels_adjacent(y), geometry);
+  const Kernels* kernels = kernels_for(x, adjacent, geometry);
   if (!kernels) {
-    y.reset();  // its memory serves the result
     const Tensor w = like(x, slice(weight, out_channels, x.size(1), groups));
     const auto bias_of_x = b ? std::optional<Tensor>(like(x, *b)) : std::nullopt;
     return at::conv2d(x, w, bias_of_x, stride, padding, dilation, groups).contiguous(format);
   }
+  const Tensor y = allocate();
   const Tensor input = nhwc(x);
   const Tensor float_bias = b ? b->to(at::kFloat).contiguous() : Tensor();
   const Weight view{weight.const_data_ptr(), *dtype_of(weight), weight.stride(2),

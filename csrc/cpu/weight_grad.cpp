@@ -107,7 +107,10 @@ class Sum {
     const Units dy = outputs(block), x = inputs(block);
     next_dy_ = fetching(dy_, next.images, next.rows, next.columns, h_.outputs, out_.size());
     next_x_ = fetching(x_, next.images, input_range(h_, next.rows), input_range(w_, next.columns), h_.inputs, in_);
-    const int64_t calls = ceil_div(in_, kernels_.panel) * w_.kernel * h_.kernel;
+    const int64_t products = ceil_div(in_, kernels_.panel) * w_.kernel * h_.kernel;
+    // A single product would have everything fetched at once, before anything is computed.
+    row_parts_ = products == 1 ? ceil_div(out_.size(), kernels_.max_rows) : 1;
+    const int64_t calls = products * row_parts_;
     dy_lines_ = ceil_div(next_dy_.lines(), calls), x_lines_ = ceil_div(next_x_.lines(), calls);
     for (int64_t i = 0; i < in_; i += kernels_.panel) {
       for (int64_t kw = 0; kw < w_.kernel; kw++) add_taps(block, dy, x, kw, i);
@@ -199,11 +202,15 @@ class Sum {
       tile.b_image = x.n, tile.b_row = x.h * h_.stride, tile.b_pixel = x.w * w_.stride / column_step();
       tile.c = dweight_.data + kh * dweight_.h + kw * dweight_.w + i + out_.begin * dweight_.out;
       tile.c_row = dweight_.out;
-      tile.channels = out_.size();
       tile.columns = std::min<int64_t>(kernels_.panel, in_ - i);
-      next_dy_.fetch(dy_lines_);
-      next_x_.fetch(x_lines_);
-      kernels_.outer(tile);
+      for (int64_t part = 0; part < row_parts_; part++) {
+        tile.channels = Range{0, out_.size()}.part(part, row_parts_).size();
+        next_dy_.fetch(dy_lines_);
+        next_x_.fetch(x_lines_);
+        kernels_.outer(tile);
+        tile.a += tile.channels;
+        tile.c += tile.channels * tile.c_row;
+      }
     }
   }
 
@@ -216,7 +223,7 @@ class Sum {
   const WeightGrad dweight_;
   Scratch dy_memory_, x_memory_;
   Prefetch next_dy_, next_x_;
-  int64_t dy_lines_ = 0, x_lines_ = 0;  // of a call
+  int64_t row_parts_ = 1, dy_lines_ = 0, x_lines_ = 0;  // of a call of the kernel
 };
 
 // Few input channels would fill little of a panel: here the panels are those of dy, and the rows of a tile are the
