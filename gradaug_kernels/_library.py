@@ -2,8 +2,8 @@
 
 `define` declares an operator with its plain-PyTorch reference, which serves every device from the first day.
 `differentiable` attaches the autograd formula, which csrc/autograd.cpp has once more, in C++, for the eager calls of
-the most frequent operators. A C++ kernel takes over its device when the native library that
-registers it is imported (csrc/*/<op>, last lines); `use_kernel` does the same for a Python (Triton) launcher.
+the most frequent operators. A C++ kernel takes over its device when the native library that registers it is imported
+(csrc/*/<op>, last lines); `use_kernel` does the same for a Python (Triton) launcher.
 
 On CUDA several kernels can serve a convolution, and a dispatch key has room for one: a second registration would win
 silently. So the rule in _cuda_paths.py owns the key, and the C++ kernel waits under a name of its own,

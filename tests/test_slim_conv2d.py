@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ LARGE = [
     ConvCase("large 3x3, stride 2", 2, (29, 28), (67, 131), stride=(2, 2)),
     ConvCase("large 3x3, small image", 3, (7, 7), (301, 187)),
     ConvCase("large stem", 2, (64, 63), (3, 61), (7, 7), (2, 2), (3, 3), wider=(0, 3)),
+    ConvCase("large stem of one column", 2, (700, 1), (3, 5), wider=(0, 3)),
     ConvCase("many 3x3 tiles", 3, (19, 22), (37, 53), bias=True),
     ConvCase("many 3x3 tiles without padding", 2, (24, 21), (45, 33), padding=(0, 0), weight_format=NCHW),
     ConvCase("many 3x3 tiles of 100 channels", 2, (30, 25), (100, 99)),
@@ -361,3 +363,10 @@ def test_weight_gradient_of_odd_batches(batch, channels, kernel, stride):
     torch.testing.assert_close(weight[:17, :channels].double(), exact, rtol=0, atol=bound)
     assert not weight[17:].any()
     assert not weight[:, channels:].any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="maps pages as Linux does")
+def test_weight_gradients_read_nothing_beyond_their_images():
+    program = Path(__file__).with_name("guarded_memory.py")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, program], check=True, env=environment, timeout=300)

@@ -261,8 +261,9 @@ void few_channels(const Kernels& kernels, int64_t batch, const ConvAxis& h, cons
       const Range mine = Range{0, blocks}.part(part, parts);
       for (int64_t b = mine.begin; b < mine.end; b++) {
         const int64_t n = b / down, first = b % down * height, rows = std::min(height, h.outputs - first);
-        // The vectors of an image's last pixels may end beyond it.
-        const bool copied = !in_units || (!whole_vectors && first + rows == h.outputs);
+        // The last vector of a block may end beyond its last pixel, but not beyond the image.
+        const int64_t after = (h.outputs - first - rows) * dy.h;
+        const bool copied = !in_units || (!whole_vectors && after < kernels.lanes);
         const auto next = b + 1 < mine.end ? rows_of_block(b + 1) : std::array<Prefetch, 4>{};
         auto fetching = next;
         band.first_row = first * h.stride - h.padding;
