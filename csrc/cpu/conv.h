@@ -77,6 +77,10 @@ class Prefetch {
 void gather_conv(const Kernels& kernels, int64_t batch, const GatherAxis& h, const GatherAxis& w, Image x,
                  int64_t depth, const Weight& weight, const float* bias, Image y, int64_t columns);
 
+// The same where the weight is larger than the images; false, and nothing done, where it is not.
+bool few_pixels_conv(const Kernels& kernels, int64_t batch, const GatherAxis& h, const GatherAxis& w, const Image& x,
+                     int64_t depth, const Weight& weight, const float* bias, Image y, int64_t columns);
+
 // dweight[o, h, w, i] += sum over images and pixels q of dy[n, q, o] x[n, stride * q + dilation * (h, w) - padding, i].
 //   dy [batch, OH, OW, out], x [batch, H, W, in]; dweight float32 with any strides.
 struct WeightGrad {

@@ -59,14 +59,11 @@ bool is_direct(const Kernels& kernels, const GatherAxis& h, const GatherAxis& w,
 
 void pack(const Kernels& kernels, float* packed, const Panels& panels, const GatherAxis& h, const GatherAxis& w,
           const Weight& weight, int64_t depth) {
-  const int64_t taps_w = w.tap.size();
   const int64_t grain = std::max<int64_t>(1, 32768 / (panels.units * panels.panel));
   at::parallel_for(0, panels.count() * panels.taps, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t p = i / panels.taps, t = i % panels.taps;
-      float* dst = packed + panels.offset(p) + t * panels.units * panels.stored(p);
-      kernels.pack_panel(dst, panels.stored(p), weight.at(h.tap[t / taps_w], w.tap[t % taps_w], 0, p * panels.panel),
-                         weight.dtype, depth, panels.valid(p), weight.depth, weight.column);
+      pack_tap(kernels, packed + panels.offset(p), panels, p, t, h, w, weight, depth);
     }
   });
 }
@@ -76,6 +73,7 @@ void pack(const Kernels& kernels, float* packed, const Panels& panels, const Gat
 void gather_conv(const Kernels& kernels, int64_t batch, const GatherAxis& h_axis, const GatherAxis& w_axis, Image x,
                  int64_t depth, const Weight& weight, const float* bias, Image y, int64_t columns) {
   if (winograd_conv(kernels, batch, h_axis, w_axis, x, depth, weight, bias, y, columns)) return;
+  if (few_pixels_conv(kernels, batch, h_axis, w_axis, x, depth, weight, bias, y, columns)) return;
   GatherAxis h = h_axis, w = w_axis;
   flatten(batch, h, w, x, y);
   const int64_t units = ceil_div(depth, kernels.pair);  // of a tap

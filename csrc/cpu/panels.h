@@ -19,4 +19,13 @@ struct Panels {
   int64_t size() const { return count() * panel * taps * units; }
 };
 
+// panel [tap, depth units, columns]: tap t of panel p of the weight, those taps that the axes name.
+inline void pack_tap(const Kernels& kernels, float* panel, const Panels& panels, int64_t p, int64_t t,
+                     const GatherAxis& h, const GatherAxis& w, const Weight& weight, int64_t depth) {
+  const int64_t taps_w = w.tap.size(), stored = panels.stored(p);
+  kernels.pack_panel(panel + t * panels.units * stored, stored,
+                     weight.at(h.tap[t / taps_w], w.tap[t % taps_w], 0, p * panels.panel), weight.dtype, depth,
+                     panels.valid(p), weight.depth, weight.column);
+}
+
 }  // namespace gradaug::cpu

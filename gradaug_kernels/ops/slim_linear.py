@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from .._library import autocast_rule, define, differentiable, differentiable_into_buffer, differentiable_once
-from ._common import bias_grad, check_gradient_buffer, check_same_dtype_and_device, in_autocast
+from ._common import autocast_parameter, bias_grad, check_gradient_buffer, check_same_dtype_and_device, in_autocast
+
+_SMALL_WEIGHT = 128 * 1024  # elements that kernels round as they read them in less time than a cast takes
 
 
 def check_slim_linear(x, weight, bias, out_features) -> None:
@@ -139,7 +141,9 @@ differentiable_once(_slim_linear_input_grad, _slim_linear_weight_grad)
 
 @autocast_rule(_slim_linear)
 def _autocast(dtype, x, weight, bias, out_features):
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), out_features  # for both directions
+    if weight.numel() > _SMALL_WEIGHT:
+        weight = weight.to(dtype)  # once for both directions
+    return x.to(dtype), autocast_parameter(dtype, weight), autocast_parameter(dtype, bias), out_features
 
 
 # ---- public function
