@@ -110,11 +110,14 @@ class Conv {
   const int64_t pixel, places;  // units from a tile's inputs to the next tile's
   const Panels panels;
 
-  // The places of a tile, a multiple of 4 KiB apart, would share one set of the first-level cache.
+  // From place to place. Places a multiple of 4 KiB apart would share one set of the first-level cache, and often one of
+  // the second.
   int64_t place_of_inputs(int64_t count) const { return count * pixel + kernels_.lanes; }
   int64_t place_of_outputs(int64_t count) const { return count * panels.panel + kernels_.lanes; }
+  int64_t place_of_weight(int64_t p) const { return panels.units * panels.stored(p) + kernels_.lanes; }
+  int64_t panel_of_weight() const { return places * place_of_weight(0); }
 
-  // dst [place, channels, panel] of panel p, whose places are panels.units apart: channels from k on
+  // dst [place, channels, panel] of panel p: channels from k on
   void transform_weight(float* dst, int64_t p, int64_t k, int64_t channels) const {
     const int64_t stored = panels.stored(p);
     const Buffer taps(9 * kPackedDepth * stored);
@@ -125,7 +128,7 @@ class Conv {
                             weight_.at(h_.tap[t / 3], w_.tap[t % 3], k, p * panels.panel), weight_.dtype, some,
                             panels.valid(p), weight_.depth, weight_.column);
       }
-      winograd_.weight(dst + k * stored, panels.units * stored, taps.data(), some * stored, some * stored);
+      winograd_.weight(dst + k * stored, place_of_weight(p), taps.data(), some * stored, some * stored);
     }
   }
 
@@ -147,7 +150,7 @@ class Conv {
       tile.a_row = pixel;
       tile.tap_offset = &no_tap;
       tile.taps = 1;
-      tile.b = weight + e * panels.units * stored;
+      tile.b = weight + e * place_of_weight(p);
       tile.depth = panels.units;
       if (winograd_.outputs > 2) tile.chunk = chunk(x_);
       tile.c = outputs + e * output_place;
@@ -186,12 +189,12 @@ class Conv {
 // 3. panel by panel it multiplies and transforms the outputs.
 void tiles_by_blocks(const Conv& conv, const Tiles& tiles) {
   const Panels& panels = conv.panels;
-  const Buffer packed(panels.size());
+  const Buffer packed(panels.count() * conv.panel_of_weight());
   const int64_t chunks = ceil_div(panels.units, kPackedDepth);
   at::parallel_for(0, panels.count() * chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t p = i / chunks, k = i % chunks * kPackedDepth;
-      conv.transform_weight(packed.data() + panels.offset(p), p, k, std::min(kPackedDepth, panels.units - k));
+      conv.transform_weight(packed.data() + p * conv.panel_of_weight(), p, k, std::min(kPackedDepth, panels.units - k));
     }
   });
   const int64_t threads = at::get_num_threads();
@@ -205,7 +208,7 @@ void tiles_by_blocks(const Conv& conv, const Tiles& tiles) {
       const int64_t first = b * block, count = std::min(block, tiles.count() - first);
       for (int64_t t = 0; t < count; t++) conv.transform_inputs(inputs.data() + t * conv.pixel, place, first + t);
       for (int64_t p = 0; p < panels.count(); p++) {
-        conv.multiply(packed.data() + panels.offset(p), p, inputs.data(), place, outputs.data(), first, count);
+        conv.multiply(packed.data() + p * conv.panel_of_weight(), p, inputs.data(), place, outputs.data(), first, count);
       }
     }
   });
@@ -223,7 +226,7 @@ void tiles_by_panels(const Conv& conv, const Tiles& tiles) {
   });
   const int64_t block = ceil_div(tiles.count(), ceil_div(tiles.count(), 64));
   at::parallel_for(0, panels.count(), 1, [&](int64_t begin, int64_t end) {
-    const Buffer weight(conv.places * panels.units * panels.panel);
+    const Buffer weight(conv.panel_of_weight());
     const Buffer outputs(conv.places * conv.place_of_outputs(block));
     for (int64_t p = begin; p < end; p++) {
       conv.transform_weight(weight.data(), p, 0, panels.units);
@@ -286,8 +289,9 @@ class WinogradWeightGrad {
     if (block_ == tiles_.count() && out_groups() * in_groups() >= 2 * at::get_num_threads()) {
       return add_groups(operands);
     }
-    const Buffer memory(places_ * out_ * in_);
-    const Sums sums{memory.data(), out_ * in_, in_};
+    const int64_t place = place_of_sums(out_ * in_);
+    const Buffer memory(places_ * place);
+    const Sums sums{memory.data(), place, in_};
     for (int64_t first = 0; first < tiles_.count(); first += block_) {
       const int64_t count = std::min(block_, tiles_.count() - first);
       transform({first, first + count}, operands);
@@ -314,6 +318,7 @@ class WinogradWeightGrad {
     int64_t place, row;
   };
 
+  int64_t place_of_sums(int64_t channels) const { return round_up(channels, kernels_.lanes) + kernels_.lanes; }
   int64_t out_groups() const { return ceil_div(out_, out_group_); }
   int64_t in_groups() const { return ceil_div(in_, in_group_); }
   Range outs(int64_t og) const { return {og * out_group_, std::min(out_, (og + 1) * out_group_)}; }
@@ -322,7 +327,7 @@ class WinogradWeightGrad {
   void add_groups(const Operands& operands) const {
     transform({0, tiles_.count()}, operands);
     at::parallel_for(0, out_groups() * in_groups(), 1, [&](int64_t begin, int64_t end) {
-      const int64_t place = out_group_ * in_group_;
+      const int64_t place = place_of_sums(out_group_ * in_group_);
       const Buffer memory(places_ * place);
       const Sums sums{memory.data(), place, in_group_};
       for (int64_t i = begin; i < end; i++) {
