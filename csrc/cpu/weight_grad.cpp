@@ -20,6 +20,7 @@ namespace {
 // What stays in the second-level cache while a block is summed: of pairs dy, which every panel of x meets; of floats,
 // which are twice as many bytes, also x, and the next block of both. Fitted to Zen 5.
 constexpr int64_t kPairUnits = 64 * 1024, kFloatUnits = 80 * 1024;
+constexpr int64_t kMinPixels = 400, kMaxPixels = 800;  // of a block: each reads and writes the whole gradient
 
 // Those outputs of `range` whose input at `tap` is inside the image.
 Range inside(const ConvAxis& axis, int64_t tap, Range range) {
@@ -383,7 +384,7 @@ void conv_weight_grad(const Kernels& kernels, int64_t batch, const ConvAxis& h_a
   const int64_t outs = ceil_div(out, out_parts);
   const int64_t fits = kernels.pair == 2 ? kPairUnits / outs : kFloatUnits / (in + outs);
   const Blocks blocks(ceil_div(batch, kernels.pair), h.outputs, w.outputs,
-                      std::clamp<int64_t>(fits, 192, 512) / kernels.pair);
+                      std::clamp<int64_t>(fits, kMinPixels, kMaxPixels) / kernels.pair);
   const int64_t pixel_parts = std::min(threads / out_parts, blocks.count());
 
   const PartialSums sums(pixel_parts, h.kernel, w.kernel, out, in, dweight);
