@@ -75,7 +75,7 @@ bool is_dense(const GatherAxis& axis) {
 const WinogradKernels* choose(const Kernels& kernels, double pairs, int64_t batch, int64_t height, int64_t width,
                               double transforms, bool large_tiles) {
   const WinogradKernels* best = nullptr;
-  double least = 0.9 * 9 * batch * height * width / pairs;
+  double least = 0.95 * 9 * batch * height * width / pairs;
   for (const WinogradKernels* tile : kernels.winograd) {
     if (tile->outputs > 2 && !large_tiles) continue;
     const Tiles tiles{tile->outputs, batch, height, width};
