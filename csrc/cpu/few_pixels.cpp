@@ -4,7 +4,7 @@
 // 2. a task packs a panel of 32 columns of the weight, which nobody else needs and which stays in the second-level
 //    cache, and multiplies all pixels with it, which come from the third level;
 // 3. results whose pixels are not evenly spaced are copied there at the end.
-// gather_conv, which packs the weight for all tasks and has each read all of it, took 1.1 to 1.6 times as long.
+// gather_conv, which packs the weight for all tasks and has each read all of it, takes up to 1.6 times as long.
 #include <algorithm>
 #include <cstring>
 #include <vector>

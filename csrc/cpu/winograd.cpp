@@ -110,8 +110,8 @@ class Conv {
   const int64_t pixel, places;  // units from a tile's inputs to the next tile's
   const Panels panels;
 
-  // From place to place. Places a multiple of 4 KiB apart would share one set of the first-level cache, and often one of
-  // the second.
+  // From place to place. Places a multiple of 4 KiB apart would share one set of the first-level cache, and often one
+  // of the second.
   int64_t place_of_inputs(int64_t count) const { return count * pixel + kernels_.lanes; }
   int64_t place_of_outputs(int64_t count) const { return count * panels.panel + kernels_.lanes; }
   int64_t place_of_weight(int64_t p) const { return panels.units * panels.stored(p) + kernels_.lanes; }
@@ -208,7 +208,8 @@ void tiles_by_blocks(const Conv& conv, const Tiles& tiles) {
       const int64_t first = b * block, count = std::min(block, tiles.count() - first);
       for (int64_t t = 0; t < count; t++) conv.transform_inputs(inputs.data() + t * conv.pixel, place, first + t);
       for (int64_t p = 0; p < panels.count(); p++) {
-        conv.multiply(packed.data() + p * conv.panel_of_weight(), p, inputs.data(), place, outputs.data(), first, count);
+        conv.multiply(packed.data() + p * conv.panel_of_weight(), p, inputs.data(), place, outputs.data(), first,
+                      count);
       }
     }
   });
