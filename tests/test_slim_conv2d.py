@@ -38,6 +38,7 @@ LARGE = [
     ConvCase("many 3x3 tiles", 3, (19, 22), (37, 53), bias=True),
     ConvCase("many 3x3 tiles without padding", 2, (24, 21), (45, 33), padding=(0, 0), weight_format=NCHW),
     ConvCase("many 3x3 tiles of 100 channels", 2, (30, 25), (100, 99)),
+    ConvCase("many 3x3 tiles of 58 channels", 2, (30, 25), (58, 59), bias=True),
     ConvCase("several blocks of 3x3 tiles", 2, (58, 55), (70, 66)),
     ConvCase("many 3x3 tiles, padding 2", 2, (20, 19), (33, 48), padding=(2, 2), x_layout="wide"),
     ConvCase("large groups", 2, (15, 14), (128, 128), groups=16, wider=(4, 16)),
