@@ -9,6 +9,7 @@
 #include <cstring>
 #include <vector>
 
+#include "in_place.h"
 #include "panels.h"
 
 namespace gradaug::cpu {
@@ -19,21 +20,6 @@ constexpr int64_t kMaxPanelUnits = 160 * 1024;  // and a panel of the weight in 
 // Pixels for each column, where the images are read in place and where they are copied. Fitted to Zen 5.
 constexpr double kMaxPixels = 4, kMaxCopied = 1, kMaxCopiedTaps = 0.5;
 constexpr double kMaxIdle = 1.12;  // time of all tasks to that of as many columns in full panels
-
-// A matrix of pixels [batch * h.outputs * w.outputs, channels] in memory.
-struct Rows {
-  char* data;
-  int64_t pitch;  // elements
-};
-
-// The pixels (n, h0 + q * h_step, w0 + p * w_step) of an image as rows; null where they are not evenly spaced.
-Rows evenly_spaced(const Image& image, int64_t batch, int64_t h0, int64_t h_step, int64_t height, int64_t w0,
-                   int64_t w_step, int64_t width) {
-  const int64_t pitch = width > 1 ? w_step * image.w : height > 1 ? h_step * image.h : image.n;
-  const bool rows = width == 1 || height == 1 || h_step * image.h == width * pitch;
-  const bool images = batch == 1 || image.n == height * width * pitch;
-  return {rows && images ? const_cast<char*>(image.at(0, h0, w0)) : nullptr, pitch};
-}
 
 }  // namespace
 
@@ -48,12 +34,8 @@ bool few_pixels_conv(const Kernels& kernels, int64_t batch, const GatherAxis& h,
   if (rounds * threads * panels.panel > kMaxIdle * columns) return false;
 
   Rows inputs{};
-  const int64_t last_h = h.step * (h.outputs - 1) + h.offset[0], last_w = w.step * (w.outputs - 1) + w.offset[0];
-  const bool inside = h.offset[0] >= 0 && w.offset[0] >= 0 && last_h < h.inputs && last_w < w.inputs;
-  const bool in_units = x.dtype == (kernels.pair == 1 ? Dtype::f32 : Dtype::bf16) && depth % kernels.pair == 0;
-  if (panels.taps == 1 && inside && in_units) {
-    inputs = evenly_spaced(x, batch, h.offset[0], h.step, h.outputs, w.offset[0], w.step, w.outputs);
-    if (inputs.pitch % kernels.pair != 0) inputs.data = nullptr;
+  if (is_pointwise(h, w) && holds_units(kernels, batch, h, w, x, depth)) {
+    inputs = inputs_in_place(x, batch, h, w);
     inputs.pitch /= kernels.pair;
   }
   const double most = inputs.data ? kMaxPixels : panels.taps == 1 ? kMaxCopied : kMaxCopiedTaps;
@@ -80,7 +62,7 @@ bool few_pixels_conv(const Kernels& kernels, int64_t batch, const GatherAxis& h,
   }
 
   const int64_t size = size_of(y.dtype);
-  Rows outputs = evenly_spaced(y, batch, h.first, h.spacing, h.outputs, w.first, w.spacing, w.outputs);
+  Rows outputs = outputs_in_place(y, batch, h, w);
   const bool apart = !outputs.data;
   const Buffer output_memory(apart ? ceil_div(pixels * columns * size, sizeof(float)) : 0);
   if (apart) outputs = {reinterpret_cast<char*>(output_memory.data()), columns};

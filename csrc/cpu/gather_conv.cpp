@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "band.h"
+#include "in_place.h"
 #include "panels.h"
 
 namespace gradaug::cpu {
@@ -30,31 +31,16 @@ Range inside(const GatherAxis& axis, int64_t q) {
   return taps;
 }
 
-// One row of all pixels, for an unpadded convolution of one tap whose pixels are evenly spaced in memory.
+// One row of all pixels, where one tap reads and writes pixels that are evenly spaced in memory.
 void flatten(int64_t& batch, GatherAxis& h, GatherAxis& w, Image& x, Image& y) {
-  for (const GatherAxis* axis : {&h, &w}) {
-    const bool identity = axis->offset.size() == 1 && axis->offset[0] == 0 && axis->step == 1 && axis->first == 0 &&
-                          axis->spacing == 1 && axis->inputs == axis->outputs;
-    if (!identity) return;
-  }
-  for (const Image* image : {&x, &y}) {
-    if ((h.outputs > 1 && image->h != w.outputs * image->w) ||
-        (batch > 1 && image->n != h.outputs * w.outputs * image->w)) {
-      return;
-    }
-  }
+  if (!is_pointwise(h, w)) return;
+  const Rows inputs = inputs_in_place(x, batch, h, w), outputs = outputs_in_place(y, batch, h, w);
+  if (!inputs.data || !outputs.data) return;
+  x = {inputs.data, x.dtype, 0, 0, inputs.pitch};
+  y = {outputs.data, y.dtype, 0, 0, outputs.pitch};
   w.inputs = w.outputs = batch * h.outputs * w.outputs;
   h.inputs = h.outputs = batch = 1;
-}
-
-// Whether tiles can read x itself: one tap that never leaves the image, and its memory holds units already.
-bool is_direct(const Kernels& kernels, const GatherAxis& h, const GatherAxis& w, const Image& x, int64_t depth) {
-  for (const GatherAxis* axis : {&h, &w}) {
-    const int64_t first = axis->offset[0], last = axis->step * (axis->outputs - 1) + first;
-    if (axis->offset.size() > 1 || first < 0 || last >= axis->inputs) return false;
-  }
-  const bool units = kernels.pair == 1 ? x.dtype == Dtype::f32 : x.dtype == Dtype::bf16 && depth % 2 == 0;
-  return units && x.w % kernels.pair == 0 && x.h % kernels.pair == 0 && x.n % kernels.pair == 0;
+  for (GatherAxis* axis : {&h, &w}) axis->offset = {0}, axis->step = axis->spacing = 1, axis->first = 0;
 }
 
 void pack(const Kernels& kernels, float* packed, const Panels& panels, const GatherAxis& h, const GatherAxis& w,
@@ -86,7 +72,7 @@ void gather_conv(const Kernels& kernels, int64_t batch, const GatherAxis& h_axis
   if (bias) std::copy(bias, bias + columns, padded_bias.begin());
 
   // A single tap needs only every step-th pixel; several taps need all.
-  const bool direct = is_direct(kernels, h, w, x, depth);
+  const bool direct = is_pointwise(h, w) && holds_units(kernels, batch, h, w, x, depth);
   const int64_t copy_h = taps_h == 1 ? h.step : 1, copy_w = taps_w == 1 ? w.step : 1;
   const int64_t step_h = h.step / copy_h, step_w = w.step / copy_w;
   // Rows of a tile that are multiples of 4 KiB apart would share one set of the first-level cache.
