@@ -26,10 +26,10 @@ constexpr int64_t kPackedDepth = 64;             // channels of the weight that 
 constexpr int64_t kShortChunk = 32;              // most of the large tiles' error is that of sums in float32
 constexpr int64_t kMinDepth = 58;                // channels for large tiles: up to 1.9 times PyTorch's error
 // Times, in float32 multiplications of the matrix products:
-constexpr double kOnce = 30;       // of transforming one place of a weight
-constexpr double kInput = 4;       // of transforming one place of a tile of one channel of the inputs,
-constexpr double kOutput = 20;     // and of the outputs
-constexpr double kOfGradient = 8;  // and of either for the weight gradient
+constexpr double kOnce = 30;        // of transforming one place of a weight
+constexpr double kInput = 4;        // of transforming one place of a tile of one channel of the inputs,
+constexpr double kOutput = 20;      // and of the outputs
+constexpr double kOfGradient = 18;  // and of either for the weight gradient
 // bfloat16 products of the direct kernels in the time of one:
 constexpr double kPairs = 2.3;  // 2.2 on Zen 4, 2.5 on Zen 5
 constexpr double kPairsOfGradient = 2;
