@@ -23,6 +23,10 @@ namespace {
 // one accumulator would be several times less precise. Pairs of bfloat16 have lost more than that before.
 constexpr int64_t kMinChunk = 64, kMaxChunk = 256;
 
+// A weight that is packed comes from memory, in more rows than the processor fetches ahead by itself: bytes of a row,
+// or units of four bytes along the depth, that are asked for before they are read.
+constexpr int64_t kBytesAhead = 128, kUnitsAhead = 16;
+
 template <class S, int kRows, int kVectors>
 using Accumulators = typename S::V[kRows][kVectors];
 
@@ -272,9 +276,9 @@ struct Impl {
           V block[S::lanes];
           GRADAUG_UNROLL
           for (int64_t i = 0; i < S::lanes; i++) {
-            block[i] = j + i < columns
-                           ? S::load_units(from + ((j + i) * n_stride + k * S::pair) * size, dtype, depth - k * S::pair)
-                           : S::zero();
+            const char* row = from + ((j + i) * n_stride + k * S::pair) * size;
+            if (j + i < columns) __builtin_prefetch(row + kBytesAhead);
+            block[i] = j + i < columns ? S::load_units(row, dtype, depth - k * S::pair) : S::zero();
           }
           S::transpose(block);
           GRADAUG_UNROLL
@@ -285,6 +289,10 @@ struct Impl {
       }
     } else if (n_stride == 1) {
       for (int64_t k = 0; k < units; k++) {
+        const char* ahead = from + (k + kUnitsAhead) * S::pair * k_stride * size;
+        for (int64_t i = 0; i < S::pair; i++, ahead += k_stride * size) {
+          for (int64_t byte = 0; byte < columns * size; byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
+        }
         for (int64_t j = 0; j < dst_columns; j += S::lanes) {
           const int64_t n = columns - j < 0 ? 0 : columns - j;
           const char* row = from + (k * S::pair * k_stride + j) * size;
