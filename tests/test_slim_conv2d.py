@@ -34,6 +34,7 @@ LARGE = [
     ConvCase("one column of few pixels", 2, (9, 1), (64, 64), (1, 1), padding=(0, 0)),
     ConvCase("one pixel", 5, (1, 1), (96, 187), (1, 1), padding=(0, 0), bias=True),
     ConvCase("large stem", 2, (64, 63), (3, 61), (7, 7), (2, 2), (3, 3), wider=(0, 3)),
+    ConvCase("large stem to 16 channels", 2, (64, 63), (3, 16), stride=(2, 2), wider=(0, 3)),
     ConvCase("large stem of one column", 2, (700, 1), (3, 5), wider=(0, 3)),
     ConvCase("many 3x3 tiles", 3, (19, 22), (37, 53), bias=True),
     ConvCase("many 3x3 tiles without padding", 2, (24, 21), (45, 33), padding=(0, 0), weight_format=NCHW),
