@@ -1,4 +1,4 @@
-// Which pixels the tiles can read or write where they are, for gather_conv.cpp and few_pixels.cpp.
+// Which pixels the tiles can read or write where they are.
 #pragma once
 
 #include "conv.h"

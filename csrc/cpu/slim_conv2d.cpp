@@ -72,12 +72,6 @@ bool is_left_to_torch(const Tensor& x, int64_t channels, const Geometry& geometr
   return x.scalar_type() == at::kFloat && geometry.groups == channels && geometry.stride[1] > 1 && kernel_width <= 3;
 }
 
-// Weight gradients of float32 from images of a few channels to as many channels as fill one vector, MobileNet's first:
-// PyTorch's take two thirds of the time.
-bool is_left_to_torch(const Kernels& kernels, const Tensor& dy, const Tensor& x) {
-  return x.scalar_type() == at::kFloat && x.size(1) <= 4 && dy.size(1) == 16 && kernels.lanes == 16;
-}
-
 GroupedWeight grouped(const Tensor& weight) {
   return {weight.const_data_ptr(), *dtype_of(weight), weight.stride(0),
           weight.stride(1),        weight.stride(2),  weight.stride(3)};
@@ -195,7 +189,6 @@ void slim_conv2d_weight_grad_(const Tensor& dy, const Tensor& x, Tensor& dweight
                                  ? nullptr
                                  : depthwise_kernels_for(x, any_nhwc, x.size(1), dy.size(1), geometry);
   const Kernels* kernels = kernels_for(x, any_nhwc, geometry);
-  if (kernels && is_left_to_torch(*kernels, dy, x)) kernels = nullptr;
   if (!small_groups && !kernels) {
     // Of w only the shape and the memory format matter.
     const Tensor w = at::empty(target.sizes(), x.options().memory_format(memory_format(x, dy)));

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "band.h"
+#include "in_place.h"
 #include "partial_sums.h"
 
 namespace gradaug::cpu {
@@ -328,18 +329,18 @@ bool fills_panels_better(const Kernels& kernels, int64_t out, int64_t in) {
 // For 1x1 kernels on images whose pixels are evenly spaced in memory: one row of all pixels, or, where pixels of two
 // images are paired, one row of either half of them.
 void flatten(int64_t pair, int64_t& batch, ConvAxis& h, ConvAxis& w, Image& dy, Image& x) {
-  const int64_t images = batch * h.outputs * w.outputs % pair == 0 ? pair : batch;
   if (!reads_pixels_once(h, w)) return;
-  for (const Image* image : {&dy, &x}) {
-    if ((h.outputs > 1 && image->h != w.outputs * image->w) ||
-        (batch > 1 && image->n != h.outputs * w.outputs * image->w)) {
-      return;
-    }
-  }
-  w.inputs = w.outputs = batch * h.outputs * w.outputs / images;
+  const auto rows = [&](const Image& image) { return evenly_spaced(image, batch, 0, 1, h.outputs, 0, 1, w.outputs); };
+  const Rows of_dy = rows(dy), of_x = rows(x);
+  if (!of_dy.data || !of_x.data) return;
+  const int64_t pixels = batch * h.outputs * w.outputs;
+  if (pixels % pair == 0) batch = pair;
+  w.inputs = w.outputs = pixels / batch;
   h.inputs = h.outputs = 1;
-  batch = images;
-  for (Image* image : {&dy, &x}) image->h = image->n = w.outputs * image->w;
+  const auto image = [&](const Rows& rows, Dtype dtype) {
+    return Image{rows.data, dtype, w.outputs * rows.pitch, w.outputs * rows.pitch, rows.pitch};
+  };
+  dy = image(of_dy, dy.dtype), x = image(of_x, x.dtype);
 }
 
 // The pixels that a strided 1x1 kernel reads, in memory of their own: [batch, OH, OW, in].
