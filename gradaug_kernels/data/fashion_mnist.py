@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from .._torchvision import torchvision_module
 from ._idx import find_idx, idx_bytes, read_idx
 from .image_data import ImageData, cache_folder
 from .image_tensors import ImageTensors
@@ -98,10 +99,9 @@ def _unpack(package, cache):
 
 
 def _download(root):
-    from torchvision.datasets import FashionMNIST
-
+    datasets = torchvision_module("datasets")
     try:
-        FashionMNIST(root, train=True, download=True)
+        datasets.FashionMNIST(root, train=True, download=True)
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(f"Fashion-MNIST must be downloadable into {root}, got: {error}") from None
     return Path(root) / "FashionMNIST" / "raw"

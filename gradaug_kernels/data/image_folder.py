@@ -5,10 +5,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import v2
 
+from .._torchvision import torchvision_module
 from .image_data import ImageData
 from .image_tensors import mix_seed
 
@@ -154,6 +152,7 @@ def image_folder(
     if test_folder.classes != train_folder.classes:
         differing = sorted(set(test_folder.classes) ^ set(train_folder.classes))
         raise ValueError(f"{root}/train and {root}/{test} must hold the same classes, got {differing[0]} in one only")
+    v2 = torchvision_module("transforms.v2")
     finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
     augmented = v2.Compose(
         [
@@ -181,8 +180,9 @@ def image_folder(
 def _open(folder):
     if not folder.is_dir():
         raise FileNotFoundError(f"data folder must hold {folder.name}/<class>/<image files>, got no folder {folder}")
+    datasets = torchvision_module("datasets")
     try:
-        return ImageFolder(folder)
+        return datasets.ImageFolder(folder)
     except FileNotFoundError:
         empty = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and not _has_images(path)]
         found = f"none in {', '.join(empty[:3])}" if empty else "no class folder"
@@ -190,4 +190,5 @@ def _open(folder):
 
 
 def _has_images(folder):
-    return any(path.suffix.lower() in IMG_EXTENSIONS for path in folder.rglob("*"))
+    known = torchvision_module("datasets.folder").IMG_EXTENSIONS
+    return any(path.suffix.lower() in known for path in folder.rglob("*"))

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import gradaug_kernels as gk
+
 from .. import tune
 from .._options import nearest
 from .compare import compare, comparison_names, load_comparison
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if command is not None and command.traceback:
             raise
         print(f"gradaug: error: {_sentence(error)}", file=sys.stderr)
@@ -59,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser():
     parser = Parser(prog="gradaug", description="Train and inspect slimmable networks and GradAug.")
+    parser.add_argument("--version", action="version", version=f"gradaug_kernels {gk.__version__}")
     parser.set_defaults(traceback=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
