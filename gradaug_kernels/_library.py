@@ -11,14 +11,18 @@ gradaug::<operator>_cuda_cpp, where `cuda_cpp_kernel` finds it. GRADAUG_CUDA say
 """
 
 import functools
-import importlib
+import importlib.machinery
+import importlib.util
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from ._sources import digest
 
 _LIBRARY = torch.library.Library("gradaug", "DEF")
 _BACKENDS: dict[
@@ -205,37 +209,88 @@ def is_composed(name: str, device: str) -> bool:
     return _BACKENDS.get(name, {}).get(device, "composite") == "composite"
 
 
+@functools.cache
 def build_config() -> dict:
-    """What setup.py decided and printed: torch and CUDA versions, flags, targets. Empty where nothing was built."""
-    path = Path(__file__).with_name("_build.json")
-    return json.loads(path.read_text()) if path.exists() else {}
+    """What setup.py decided and printed: torch and CUDA versions, flags, targets. Empty where nothing was built.
+
+    "folder" is where the libraries are: beside this file, or, in a clone without its own, where the package is
+    installed from the same native sources.
+    """
+    own = Path(__file__).parent
+    if (own / "_build.json").exists():
+        return {**json.loads((own / "_build.json").read_text()), "folder": str(own)}
+    sources = _clone_sources()
+    for entry in sys.path if sources else ():
+        path = Path(entry, "gradaug_kernels", "_build.json")
+        if path.exists():
+            config = json.loads(path.read_text())
+            if config.get("sources", sources) == sources:
+                return {**config, "folder": str(path.parent)}
+    return {}
 
 
 def load_native() -> None:
     """Import the native libraries that were built. Called once, before the first operator is defined.
 
+    Where none were, or only some, the references serve every operator, and one warning says so.
+
     Raises:
-        ImportError: if they were built against another torch than the one imported.
+        ImportError: if they were built against another torch than the one imported, or cannot be loaded.
     """
     config = build_config()
-    if not config.get("cpu"):
+    if config and not config["cpu"]:
         return
+    folder = Path(config.get("folder", Path(__file__).parent))
+    # A CUDA library needs libtorch_cuda, which a CPU build of the same torch release does not have.
+    with_cuda = config.get("cuda") and torch.version.cuda and cuda_choice() != "reference"
+    names = ("_autograd", "_cpu", "_cuda") if with_cuda else ("_autograd", "_cpu")
+    paths = {name: folder / f"{name}{importlib.machinery.EXTENSION_SUFFIXES[0]}" for name in names}
+    missing = [path.name for path in paths.values() if not path.exists()]
+    if not config or missing:
+        warnings.warn(
+            f"gradaug_kernels runs on its PyTorch references, which are slow: {folder} has no "
+            f"{', '.join(missing) or '_build.json'}; run `pip install -e .` in the folder of its sources",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return
+    mend = "pip install --no-deps --force-reinstall ."
     built, found = (".".join(version.split(".")[:2]) for version in (config["torch"], torch.__version__))
     if built != found:
         raise ImportError(
             f"gradaug_kernels was built against torch {config['torch']}, but torch {torch.__version__} is imported; "
-            "run `pip install --no-build-isolation --no-deps --force-reinstall .` in its source folder"
+            f"run `{mend}` in the folder of its sources"
         )
-    # A CUDA library needs libtorch_cuda, which a CPU build of the same torch release does not have.
-    with_cuda = config["cuda"] and torch.version.cuda and cuda_choice() != "reference"
-    for name in ("_autograd", "_cpu", "_cuda") if with_cuda else ("_autograd", "_cpu"):
+    sources = _clone_sources()
+    if sources and config.get("sources", sources) != sources:
+        warnings.warn(
+            f"gradaug_kernels' libraries in {folder} are of other sources than csrc/ has now; "
+            "run `python setup.py build_ext --inplace`",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    for name, path in paths.items():
         try:
-            importlib.import_module(f"gradaug_kernels.{name}")
+            _import_library(f"gradaug_kernels.{name}", path)
         except ImportError as error:
             raise ImportError(
                 f"gradaug_kernels.{name} was built for torch {config['torch']} but cannot be loaded ({error}); "
-                "run `pip install .` again in the folder of gradaug_kernels' sources"
+                f"run `{mend}` in the folder of its sources"
             ) from error
+
+
+@functools.cache
+def _clone_sources() -> str | None:
+    """The digest of the native sources beside the package, None where it is installed without them."""
+    csrc = Path(__file__).parent.parent / "csrc"
+    return digest(csrc) if (csrc / "module.cpp").exists() else None
+
+
+def _import_library(name: str, path: Path) -> None:
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[name] = module
 
 
 def _in_cpp(op: torch._ops.OpOverload) -> Callable | None:
