@@ -114,9 +114,7 @@ def test_libraries_of_other_sources_than_the_clone_has_are_reported(monkeypatch,
     monkeypatch.setattr(_library, "build_config", lambda: config)
     monkeypatch.setattr(_library, "_import_library", lambda name, path: None)
     monkeypatch.setattr(_library, "_clone_sources", lambda: "2")
-    with pytest.warns(
-        RuntimeWarning, match="built from other sources than csrc/ has now; run `python setup.py build_ext"
-    ):
+    with pytest.warns(RuntimeWarning, match="of other sources than csrc/ has now; run `python setup.py build_ext"):
         _library.load_native()
     for fitting in ("1", None):  # None: installed, without csrc/
         monkeypatch.setattr(_library, "_clone_sources", lambda fitting=fitting: fitting)
