@@ -213,20 +213,18 @@ def is_composed(name: str, device: str) -> bool:
 def build_config() -> dict:
     """What setup.py decided and printed: torch and CUDA versions, flags, targets. Empty where nothing was built.
 
-    "folder" is where the libraries are: beside this file, or, in a clone without its own, where the package is
-    installed from the same native sources.
+    "folder" is where the libraries are: beside this file, or, in a clone that has none of its native sources, where
+    the package is installed and has such.
     """
-    own = Path(__file__).parent
-    if (own / "_build.json").exists():
-        return {**json.loads((own / "_build.json").read_text()), "folder": str(own)}
-    sources = _clone_sources()
-    for entry in sys.path if sources else ():
-        path = Path(entry, "gradaug_kernels", "_build.json")
-        if path.exists():
-            config = json.loads(path.read_text())
-            if config.get("sources", sources) == sources:
-                return {**config, "folder": str(path.parent)}
-    return {}
+    own, sources = Path(__file__).parent, _clone_sources()
+    found = []
+    for folder in (own, *(Path(entry, "gradaug_kernels") for entry in sys.path if sources)):
+        if (folder / "_build.json").exists():
+            found.append({**json.loads((folder / "_build.json").read_text()), "folder": str(folder)})
+    for config in found:
+        if not sources or not config["cpu"] or config.get("sources") == sources:
+            return config
+    return found[0] if found and found[0]["folder"] == str(own) else {}
 
 
 def load_native() -> None:
@@ -262,7 +260,7 @@ def load_native() -> None:
             f"run `{mend}` in the folder of its sources"
         )
     sources = _clone_sources()
-    if sources and config.get("sources", sources) != sources:
+    if sources and config.get("sources") != sources:
         warnings.warn(
             f"gradaug_kernels' libraries in {folder} are of other sources than csrc/ has now; "
             "run `python setup.py build_ext --inplace`",

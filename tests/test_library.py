@@ -38,6 +38,7 @@ def test_a_library_that_cannot_be_loaded_says_what_to_run(monkeypatch, tmp_path)
         (tmp_path / f"{name}{EXTENSION_SUFFIXES[0]}").write_bytes(b"interrupted")
     config = {"cpu": True, "cuda": False, "torch": torch.__version__, "folder": str(tmp_path)}
     monkeypatch.setattr(_library, "build_config", lambda: config)
+    monkeypatch.setattr(_library, "_clone_sources", lambda: None)
     with pytest.raises(ImportError, match=r"_autograd was built for torch .* cannot be loaded .*; run `pip install"):
         _library.load_native()
 
