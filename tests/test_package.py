@@ -1,6 +1,6 @@
 """What is built and installed: the backend, the sdist, the wheel without native code, and a clone without libraries."""
 
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -29,6 +29,7 @@ import torch
 import gradaug_kernels as gk
 from gradaug_kernels._library import backends
 print(gk.__file__, sorted({served["cpu"] for served in backends().values()}))
+print("on a GPU", {name: backends()[name]["cuda"] for name in ("slim_conv2d", "slim_linear", "slim_norm_conv2d")})
 """
 # A training step needs every part of the package but the data and the command line.
 STEP = f"""{SERVED}
@@ -245,6 +246,9 @@ def test_the_wheel_without_native_code_is_for_every_platform_and_trains(tmp_path
     assert (done.returncode, done.stderr) == (0, "")
     assert str(tmp_path / "installed") in done.stdout
     assert "['composite', 'reference']" in done.stdout
+    on_gpu = {"slim_conv2d": "gemm+cudnn+triton+depthwise", "slim_linear": "gemm", "slim_norm_conv2d": "triton"}
+    if importlib.util.find_spec("triton"):
+        assert f"on a GPU {on_gpu}" in done.stdout
 
 
 def test_a_library_is_compiled_again_when_what_decides_about_it_changes(built_libraries, monkeypatch):
