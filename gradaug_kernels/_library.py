@@ -213,17 +213,17 @@ def is_composed(name: str, device: str) -> bool:
 def build_config() -> dict:
     """What setup.py decided and printed: torch and CUDA versions, flags, targets. Empty where nothing was built.
 
-    "folder" is where the libraries are: beside this file, or, in a clone that has none of its native sources, where
-    the package is installed and has such.
+    "folder" is where the libraries are: beside this file, or, in a clone whose own do not fit, or that has none, where
+    the package is installed with libraries of the clone's native sources.
     """
-    own, sources = Path(__file__).parent, _clone_sources()
+    own = Path(__file__).parent
+    installed = [Path(entry, "gradaug_kernels") for entry in sys.path] if _clone_sources() else []
     found = []
-    for folder in (own, *(Path(entry, "gradaug_kernels") for entry in sys.path if sources)):
+    for folder in (own, *installed):
         if (folder / "_build.json").exists():
             found.append({**json.loads((folder / "_build.json").read_text()), "folder": str(folder)})
-    for config in found:
-        if not sources or not config["cpu"] or config.get("sources") == sources:
-            return config
+            if _fits(found[-1]):
+                return found[-1]
     return found[0] if found and found[0]["folder"] == str(own) else {}
 
 
@@ -239,11 +239,8 @@ def load_native() -> None:
     if config and not config["cpu"]:
         return
     folder = Path(config.get("folder", Path(__file__).parent))
-    # A CUDA library needs libtorch_cuda, which a CPU build of the same torch release does not have.
-    with_cuda = config.get("cuda") and torch.version.cuda and cuda_choice() != "reference"
-    names = ("_autograd", "_cpu", "_cuda") if with_cuda else ("_autograd", "_cpu")
-    paths = {name: folder / f"{name}{importlib.machinery.EXTENSION_SUFFIXES[0]}" for name in names}
-    missing = [path.name for path in paths.values() if not path.exists()]
+    names = _library_names(config)
+    missing = [_library_path(folder, name).name for name in names if not _library_path(folder, name).exists()]
     if not config or missing:
         warnings.warn(
             f"gradaug_kernels runs on its PyTorch references, which are slow: {folder} has no "
@@ -252,29 +249,52 @@ def load_native() -> None:
             stacklevel=2,
         )
         return
-    mend = "pip install --no-deps --force-reinstall ."
-    built, found = (".".join(version.split(".")[:2]) for version in (config["torch"], torch.__version__))
-    if built != found:
+    in_place = _clone_sources() and folder == Path(__file__).parent
+    mend = "pip install --no-deps -e ." if in_place else "pip install --no-deps --force-reinstall ."
+    if _release(config["torch"]) != _release(torch.__version__):
         raise ImportError(
             f"gradaug_kernels was built against torch {config['torch']}, but torch {torch.__version__} is imported; "
             f"run `{mend}` in the folder of its sources"
         )
-    sources = _clone_sources()
-    if sources and config.get("sources") != sources:
+    if in_place and config.get("sources") != _clone_sources():
         warnings.warn(
             f"gradaug_kernels' libraries in {folder} are of other sources than csrc/ has now; "
             "run `python setup.py build_ext --inplace`",
             RuntimeWarning,
             stacklevel=2,
         )
-    for name, path in paths.items():
+    for name in names:
         try:
-            _import_library(f"gradaug_kernels.{name}", path)
+            _import_library(f"gradaug_kernels.{name}", _library_path(folder, name))
         except ImportError as error:
             raise ImportError(
                 f"gradaug_kernels.{name} was built for torch {config['torch']} but cannot be loaded ({error}); "
                 f"run `{mend}` in the folder of its sources"
             ) from error
+
+
+def _fits(config: dict) -> bool:
+    """Whether libraries are for this Python and torch and, in a clone, of its sources."""
+    if not config["cpu"]:
+        return True
+    there = all(_library_path(Path(config["folder"]), name).exists() for name in _library_names(config))
+    same_sources = _clone_sources() in (None, config.get("sources"))
+    return there and same_sources and _release(config["torch"]) == _release(torch.__version__)
+
+
+def _library_names(config: dict) -> tuple[str, ...]:
+    # A CUDA library needs libtorch_cuda, which a CPU build of the same torch release does not have.
+    with_cuda = config.get("cuda") and torch.version.cuda and cuda_choice() != "reference"
+    return ("_autograd", "_cpu", "_cuda") if with_cuda else ("_autograd", "_cpu")
+
+
+def _library_path(folder: Path, name: str) -> Path:
+    return folder / f"{name}{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+
+
+def _release(version: str) -> tuple[str, ...]:
+    """What two versions of torch must share for one to load the other's libraries: ("2", "14")."""
+    return tuple(version.split(".")[:2])
 
 
 @functools.cache
