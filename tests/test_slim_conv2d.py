@@ -397,7 +397,7 @@ def test_every_residue_of_padding(channels, groups, dtype):
     axes = geometries()
     for i, (kernel, stride, padding, dilation) in enumerate(axes):
         # The other axis has the same list in another order.
-        other = axes[(7 * i + 3) % len(axes)]
+        other = axes[(8 * i + 3) % len(axes)]
         pairs = [list(pair) for pair in zip((kernel, stride, padding, dilation), other, strict=True)]
         kernels, *geometry = pairs
         size = [
