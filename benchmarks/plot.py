@@ -1,9 +1,9 @@
 """Draws the figures of README.md and docs/ from the rows of one folder: `python -m benchmarks.plot [FOLDER]`.
 
 Writes step.png, layers.png, throughput.png and memory.png, each if there are rows for it: those of the committed rows
-into docs/results, those of another folder beside its CSV files. Of rows that measure the same thing the last one counts,
-beside eager in its own run, and of several devices the one that was measured last; what ours did behind a red gate is
-not drawn.
+into docs/results, those of another folder beside its CSV files. Of rows that measure the same thing the last one
+counts, beside eager in its own run, and of several devices the one that was measured last; what ours did behind a red
+gate is not drawn.
 """
 
 import argparse

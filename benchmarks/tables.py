@@ -103,8 +103,8 @@ def step_sections(rows: Rows) -> Iterator[str]:
     yield "## One GradAug step"
     yield (
         "Full network and three sub-networks, forward, backward and optimizer. `python -m benchmarks step --repeats 7 "
-        "--new-width` with the options of the network, and `--dtype bf16` or `fp32`. The C library keeps what is freed, "
-        "for both, as `gradaug train` has it; a loop of your own gets the same from "
+        "--new-width` with the options of the network, and `--dtype bf16` or `fp32`. The C library keeps what is "
+        "freed, for both, as `gradaug train` has it; a loop of your own gets the same from "
         "`GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=-1`."
     )
     for device, of_device in devices([row for row in rows if row["bench"] == "step"]):
@@ -156,8 +156,8 @@ def layer_sections(rows: Rows) -> Iterator[str]:
     yield "## Each layer"
     yield (
         "The distinct layers of the three networks at widths 1 and 0.9, forward and backward together, and pairs of "
-        "layers that one operator computes, beside eager's two: `python -m benchmarks layers --widths 1.0,0.9 --repeats "
-        "9` with the options of the network. Speed as a multiple of eager's. `slim_conv2d_norm` is what "
+        "layers that one operator computes, beside eager's two: `python -m benchmarks layers --widths 1.0,0.9 "
+        "--repeats 9` with the options of the network. Speed as a multiple of eager's. `slim_conv2d_norm` is what "
         "`recompute=True` runs: it computes the convolution twice to keep half of the memory, and may lose time."
     )
     for _, of_device in devices([row for row in rows if row["bench"].endswith(".total")]):
@@ -183,8 +183,8 @@ def throughput_sections(rows: Rows) -> Iterator[str]:
     yield "## Sub-networks in evaluation"
     yield (
         "Images per second of each width in evaluation, beside a dense network of that width without any slicing: "
-        "`python -m benchmarks throughput --model resnet50,mobilenet_v3_large --batch 8 --size 224 --dtype bf16 --widths "
-        "1.0,0.9,0.8,0.7,0.6,0.5 --repeats 7`."
+        "`python -m benchmarks throughput --model resnet50,mobilenet_v3_large --batch 8 --size 224 --dtype bf16 "
+        "--widths 1.0,0.9,0.8,0.7,0.6,0.5 --repeats 7`."
     )
     for _, of_device in devices([row for row in rows if row["bench"] == "throughput"]):
         table = [["network", "width", "GFLOP an image", "million parameters", "images/s", "dense"]]
