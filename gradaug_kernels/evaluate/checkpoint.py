@@ -141,7 +141,7 @@ def evaluate_checkpoint(
         }
         report.write_corruptions(out, found["corruptions"], 100 - clean, title)
     with complete_file(out / "evaluation.json") as temporary:
-        temporary.write_text(json.dumps(found, indent=2) + "\n")
+        temporary.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return found
 
 
@@ -152,7 +152,7 @@ def _reference(relative_to):
     if relative_to == "alexnet":
         return measure.ALEXNET_ERRORS
     try:
-        errors = json.loads(Path(relative_to).read_text())["corruptions"]["errors"]
+        errors = json.loads(Path(relative_to).read_text(encoding="utf-8"))["corruptions"]["errors"]
     except (json.JSONDecodeError, KeyError):
         raise ValueError(
             f"--relative-to must be alexnet or an evaluation.json with corruptions, got {relative_to}"

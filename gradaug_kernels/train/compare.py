@@ -92,7 +92,7 @@ def load_comparison(name: str) -> Comparison:
     if not path.is_file():
         raise FileNotFoundError(f"comparison must be a name or an existing TOML file, got {name}")
     try:
-        tables = tomllib.loads(path.read_text())
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} must be a TOML file, got: {error}") from None
     for key in tables:
@@ -133,7 +133,7 @@ def compare(comparison: Comparison, out: str | Path, command: str, robustness: i
             print(f"{label} ...", flush=True)
             resume = (folder / CHECKPOINT).is_file()
             out.mkdir(parents=True, exist_ok=True)
-            with open(out / "log.txt", "a") as log, contextlib.redirect_stdout(log):
+            with open(out / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
                 summary = train(planned.config, folder, resume=resume, overwrite=not resume)
         seconds = _seconds(folder, planned.config)
         print(f"{label}: {summary['top1']:.2f} %, {seconds:.0f} s", flush=True)
@@ -171,7 +171,7 @@ def _robustness(planned: Plan, folder: Path, images: int) -> dict[str, Any]:
     from ..evaluate.checkpoint import evaluate_checkpoint
 
     path = folder / "evaluation" / "evaluation.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if found.get("images") != images or not {"corruptions", "attacks"} <= found.keys():
         print(f"{planned.method}, seed {planned.seed}: corruptions and attacks ...", flush=True)
         with contextlib.redirect_stdout(None):
@@ -237,7 +237,7 @@ def _finished(folder, config):
     if key is not None:
         raise ValueError(f"{folder} must be a run of this comparison, got one of another {key}; take another --out")
     path = folder / "summary.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _seconds(folder, config):
