@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import re
 import tempfile
@@ -124,6 +125,17 @@ def _check_same(config, earlier):
         section, name = key.split(".")
         was, now = (to_tables(each)[section].get(name) for each in (earlier, config))
         raise ValueError(f"a resumed run must keep its settings, {key} = {was}, got {now}")
+
+
+def read_json(path: Path, keys: Iterable[str]) -> dict[str, Any]:
+    """A JSON file of an object with at least these keys. Raises: ValueError for another one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be a JSON file, got: {error}") from None
+    if not isinstance(found, dict) or not set(keys) <= found.keys():
+        raise ValueError(f"{path} must be a JSON object with {', '.join(keys)}, got one without")
+    return found
 
 
 def write_checkpoint(path: Path, **content: Any) -> None:

@@ -257,4 +257,6 @@ def find_device(name: str) -> torch.device:
         raise ValueError(f'train.device must be "auto", "cpu" or "cuda", got "{name}"')
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f'train.device must be "cpu" on a machine without a usable GPU, got "{name}"')
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f'train.device must be one of {torch.cuda.device_count()} GPUs, counted from 0, got "{name}"')
     return device
