@@ -83,7 +83,7 @@ def _image_files(folder, above):
             yield from _image_files(entry.path, above)
         elif entry.name.lower().endswith(EXTENSIONS):
             if not entry.is_file():
-                kind = "a link to nothing" if entry.is_symlink() else "a pipe, a socket or a device"
+                kind = "a link to no file" if entry.is_symlink() else "a pipe, a socket or a device"
                 raise ValueError(f"every image must be a file, got {kind}, {entry.path}")
             yield folder, entry.path
 

@@ -13,7 +13,7 @@ import gradaug_kernels as gk
 from ..data.image_tensors import mix_seed
 from ..train.build import build_network, load_images
 from ..train.config import Config, from_tables, to_tables
-from ..train.folder import claim_folder, complete_file, read_checkpoint, read_json
+from ..train.folder import claim_folder, complete_file, read_checkpoint, read_json, stored_config
 from ..train.run import find_device
 from ..train.state import load_weights
 from . import measure, report
@@ -27,10 +27,7 @@ FILES = ("evaluation.json", *(f"{part}.{kind}" for part in PARTS for kind in ("c
 def load_checkpoint(path: Path, settings: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
     """The configuration, with `settings` {"section.key": value} in place of its own, and the content."""
     checkpoint = read_checkpoint(path)
-    try:
-        tables = to_tables(from_tables(checkpoint["preset"], checkpoint["config"]))
-    except ValueError as error:
-        raise ValueError(f"{path} must hold a configuration of this version: {error}") from None
+    tables = to_tables(stored_config(path, checkpoint))
     for key, value in settings.items():
         section, _, name = key.partition(".")
         tables[section][name] = value

@@ -131,8 +131,9 @@ def _settings(texts):
     """{key: value} of --set. Raises: ValueError for one key with two values."""
     settings = {}
     for key, value in map(parse_setting, texts):
-        if settings.setdefault(key, value) != value:
+        if key in settings and settings[key] != value:
             raise ValueError(f"--set must give a key once, got {key} twice")
+        settings[key] = value
     return settings
 
 

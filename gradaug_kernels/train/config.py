@@ -6,7 +6,6 @@
 import dataclasses
 import difflib
 import json
-import math
 import re
 import tomllib
 import typing
@@ -124,6 +123,7 @@ SECTIONS = {
     if field.name != "preset"
 }
 SUBNET_LOSSES = ("kl", "alpha_divergence", "cross_entropy")
+LARGEST = 1e18  # of the settings, whose squares float32 holds
 SMALL = 32  # pixels of the images of the data sets without an option `size`
 BUILDERS = {"data": data.find, "model": models.find}  # the sections that take the options of what they name
 
@@ -304,8 +304,8 @@ def _typed(key, value, kind):
     if type(value) is not kind:
         names = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
         raise ValueError(f"{key} must be {names[kind]}, got {_toml(value)}")
-    if kind is float and not math.isfinite(value):
-        raise ValueError(f"{key} must be finite, got {value}")
+    if kind is float and not abs(value) <= LARGEST:
+        raise ValueError(f"{key} must be a finite number of at most {LARGEST:g}, got {value}")
     if kind is str and not value.isascii() and value.encode("utf-8", "replace").decode("utf-8") != value:
         raise ValueError(f"{key} must be text that UTF-8 can hold, got {_toml(value)}")
     return value

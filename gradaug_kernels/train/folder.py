@@ -84,6 +84,8 @@ def claim_folder(out: Path, files: Iterable[str], create: bool = True) -> Iterat
                 path.unlink(missing_ok=True)
         yield
     finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # also where a process just forked has not closed it yet
         _claimed.discard(descriptor)
         os.close(descriptor)
 
@@ -101,7 +103,7 @@ def open_folder(out: Path, config: Config, resume: bool, overwrite: bool) -> dic
     present = {path.name for path in out.iterdir()}
     if resume and CHECKPOINT in present:
         checkpoint = read_checkpoint(out / CHECKPOINT)
-        _check_same(config, from_tables(checkpoint["preset"], checkpoint["config"]))
+        _check_same(config, stored_config(out / CHECKPOINT, checkpoint))
         return checkpoint
     if resume and CONFIG in present:
         _check_same(config, load_config(str(out / CONFIG)))
@@ -140,9 +142,13 @@ def read_json(path: Path, keys: Iterable[str]) -> dict[str, Any]:
 
 def write_checkpoint(path: Path, **content: Any) -> None:
     """Write a checkpoint that `torch.load(weights_only=True)` reads: tensors and plain values only."""
-    # Given the name alone, torch.save answers a full disk by an error of its own that does not name it.
     with complete_file(path) as temporary, open(temporary, "wb") as file:
-        torch.save({"format": FORMAT, **content}, file)
+        try:
+            torch.save({"format": FORMAT, **content}, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # its writer meets the half file, and hides why it is half
+                raise error.__context__ from None
+            raise
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -176,3 +182,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} must be a complete checkpoint: {error}") from None
     return checkpoint
+
+
+def stored_config(path: Path, checkpoint: dict[str, Any]) -> Config:
+    """The configuration in the checkpoint of `path`. Raises: ValueError where this version has no such one."""
+    try:
+        return from_tables(checkpoint["preset"], checkpoint["config"])
+    except ValueError as error:
+        raise ValueError(f"{path} must hold a configuration of this version: {error}") from None
