@@ -52,9 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     command = None
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # what a terminal's encoding lacks is escaped
-            stream.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        if hasattr(getattr(sys, name), "reconfigure"):  # what a terminal's encoding lacks is escaped
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
         with _signals_interrupt():
             if arguments[:1] == ["tune"]:  # has a parser of its own

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import tempfile
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -168,7 +169,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{path} must be a checkpoint, got a file that is damaged or none: {error}") from None
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about what follows as an error
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # whatever a pickle made by others leads the unpickler to

@@ -34,8 +34,9 @@ def train(config: Config, out: str | Path, *, resume: bool = False, overwrite: b
     `resume` from its last complete epoch and ends with the weights that it would have had without the stop.
 
     Returns: the content of summary.json, accuracies in percent.
-    Raises: FileExistsError when `out` is not empty and neither `resume` nor `overwrite` is set; FloatingPointError
-    when the loss is not finite, in which case the checkpoint of the last complete epoch stays.
+    Raises: FileExistsError when `out` is not empty and neither `resume` nor `overwrite` is set; BlockingIOError when
+    another process works in it; ValueError when what it holds is damaged or of other settings; FloatingPointError when
+    a loss or a weight is not finite. The checkpoint of the last complete epoch stays.
     """
     start = time.perf_counter()
     out = Path(out)

@@ -44,8 +44,10 @@ def check_like(name: str, found: Any, expected: Any) -> None:
     if not (isinstance(found, dict) if isinstance(expected, dict) else type(found) is type(expected)):
         raise ValueError(f"{name} must be of type {type(expected).__name__}, got {type(found).__name__}")
     if isinstance(expected, dict):
-        for key in expected.keys() ^ found.keys():
-            raise ValueError(f"{name} must have the keys of this run, got {'no' if key in expected else 'also'} {key}")
+        for key in (*expected, *found):
+            if key not in found or key not in expected:
+                got = "no" if key in expected else "also"
+                raise ValueError(f"{name} must have the keys of this run, got {got} {key}")
         for key, value in expected.items():
             check_like(f"{name}.{key}", found[key], value)
     elif isinstance(expected, list):
@@ -63,8 +65,9 @@ def load_weights(name: str, model: nn.Module, found: dict[str, Any]) -> None:
     Statistics of widths that only `found` has are added, as batch norm does.
     """
     expected = model.state_dict()
-    for key in expected.keys() - found.keys():
-        raise ValueError(f"{name} must be of the network that the configuration describes, got no {key}")
+    for key in expected:
+        if key not in found:
+            raise ValueError(f"{name} must be of the network that the configuration describes, got no {key}")
     for key, value in found.items():
         check_like(f"{name}.{key}", value, expected.get(key, value if isinstance(value, torch.Tensor) else None))
     try:
