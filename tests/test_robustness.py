@@ -250,8 +250,14 @@ ILL_FORMED = {
     "momentum of another shape": (spoil(MOMENTUM, torch.ones(3)), "momentum_buffer must be torch.float32"),
     "momentum of a parameter too many": (spoil(["optimizer", "state", 99], {}), "got one of 99"),
     "no groups": (spoil(["optimizer", "param_groups"]), "optimizer must have param_groups"),
-    "a rate that is text": (spoil(["optimizer", "param_groups", 0, "lr"], "0.1"), "must be of type float, got str"),
-    "no iteration": (spoil(["scheduler", "last_epoch"]), "must have last_epoch"),
+    "groups that are a number": (
+        spoil(["optimizer", "param_groups"], 3),
+        "optimizer must have param_groups, of type list",
+    ),
+    "a group that is a number": (spoil(["optimizer", "param_groups", 0], 3), "a group must have params, of type list"),
+    "a state that is a list": (spoil(["optimizer", "state"], [1]), "optimizer must have state, of type dict"),
+    "a rate that is text": (spoil(["optimizer", "param_groups", 0, "lr"], "0.1"), "must have lr, of type float"),
+    "no iteration": (spoil(["scheduler", "last_epoch"]), "must have last_epoch, of type int"),
     "another iteration": (spoil(["scheduler", "last_epoch"], 3), "2 epochs must be 4 iterations"),
     "another generator": (spoil(["gradaug", "generator"], torch.zeros(5056, dtype=torch.uint8)), "gradaug"),
     "no generator": (spoil(["gradaug", "generator"]), "gradaug must have the keys of this run, got no generator"),
@@ -353,12 +359,16 @@ def test_no_memory_left(command, tmp_path, exhaust):
     assert read_checkpoint(tmp_path / "out" / "checkpoint.pt")["epoch"] == 1
 
 
-def test_errors_of_the_package_keep_their_traceback(command, tmp_path):
-    def wrong():
+def test_errors_of_the_package_keep_their_traceback(command, images, tmp_path, monkeypatch):
+    def wrong(*arguments):
         raise RuntimeError("shape '[2]' is invalid for input of size 3")
 
     with at_step(1, wrong), pytest.raises(RuntimeError, match="is invalid for input"):
         command("--out", tmp_path / "out")
+    monkeypatch.setattr(image_folder, "read_image", wrong)
+    words = [word for setting in ("data.workers=1", "train.batch_size=2") for word in ("--set", setting)]
+    with pytest.raises(RuntimeError, match="is invalid for input"):
+        command("--out", tmp_path / "other", "--data", images, "--set", "data.name=image_folder", *words)
 
 
 def test_a_killed_data_loader(command, images, tmp_path, monkeypatch):

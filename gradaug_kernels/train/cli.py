@@ -1,4 +1,4 @@
-"""The command line: `gradaug train PRESET`, `gradaug info` and `gradaug tune`."""
+"""The command line: `gradaug train PRESET`, `gradaug eval`, `gradaug compare`, `gradaug info` and `gradaug tune`."""
 
 import argparse
 import contextlib
@@ -41,7 +41,13 @@ class Parser(argparse.ArgumentParser):
 
 
 # In PyTorch's RuntimeErrors without a class of their own: no memory is left, or a data loader's process is gone.
-ENVIRONMENT = ("can't allocate memory", "out of memory", "alloc_failed", "calculation overflowed", "dataloader worker")
+ENVIRONMENT = (
+    "can't allocate memory",
+    "out of memory",
+    "alloc_failed",
+    "calculation overflowed",
+    "dataloader worker (pid",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,10 +122,9 @@ def _signals_interrupt():
     def interrupt(signum, frame):
         raise KeyboardInterrupt
 
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     previous = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (getattr(signal, name) for name in names):
+        for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) == signal.SIG_DFL:
                 previous[number] = signal.signal(number, interrupt)
     try:

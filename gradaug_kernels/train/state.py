@@ -121,8 +121,8 @@ def load_progress(checkpoint: dict[str, Any], optimizer, scheduler, step, iterat
 def _known(name, found, fresh, required=None):
     """`fresh` with what `found` has of its keys, `required` (all of them by default) among them."""
     for key in fresh if required is None else required:
-        if not isinstance(found, dict) or key not in found:
-            raise ValueError(f"{name} must have {key}, got none")
+        if not isinstance(found, dict) or not isinstance(found.get(key), type(fresh[key])):
+            raise ValueError(f"{name} must have {key}, of type {type(fresh[key]).__name__}")
     return {key: found.get(key, value) for key, value in fresh.items()}
 
 
