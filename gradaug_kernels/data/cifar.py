@@ -44,7 +44,7 @@ def _cifar(name, root, download):
             stored = dataset(str(folder), train=train, download=download)
         except (OSError, RuntimeError) as error:
             got = f"{folder}: {error}" if download else f"{folder} without it; data.download=true fetches it"
-            raise FileNotFoundError(f"data folder must hold {dataset.base_folder}, got {got}") from None
+            raise FileNotFoundError(f"data folder must hold {dataset.base_folder}, undamaged, got {got}") from None
         images = torch.from_numpy(stored.data)  # [N, 32, 32, 3]
         splits.append(ImageTensors(images, torch.tensor(stored.targets), mean, std))
     return ImageData(

@@ -64,7 +64,7 @@ def _find(root, source, download):
         folder = complete or _download(root)
         return folder, f"from {folder}"
     if source == "auto" and not _missing(PACKAGE_FOLDER):
-        return _unpack(PACKAGE_FOLDER, cache_folder() / "fashion-mnist"), "from Debian's dataset-fashion-mnist"
+        return _unpack(PACKAGE_FOLDER), "from Debian's dataset-fashion-mnist"
     if source == "auto" and download:
         return _download(cache_folder()), "downloaded by torchvision"
     return EMBEDDED_FOLDER, "embedded in the package"
@@ -74,12 +74,13 @@ def _missing(folder):
     return [name for names in FILES.values() for name in names if find_idx(folder, name) is None]
 
 
-def _unpack(package, cache):
-    """Decompress the package's files into `cache` once; where that is not writable, read the package itself.
+def _unpack(package):
+    """Decompress the package's files into the cache folder once; where that is not writable, read the package itself.
 
     Each file appears under its name only when complete, so that an interrupted or parallel run leaves nothing broken.
     """
     try:
+        cache = cache_folder() / "fashion-mnist"
         cache.mkdir(parents=True, exist_ok=True)
         for name in (name for names in FILES.values() for name in names):
             if (cache / name).is_file():
