@@ -15,7 +15,7 @@ from .._torchvision import torchvision_module
 from .image_data import ImageData
 from .image_tensors import mix_seed
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")  # torchvision's, and GIF
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 DEEP = ("I", "F")  # and I;16, I;16B, ...: Pillow's modes of more than 8 bits
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, pixel values in [0, 1]
 
