@@ -69,7 +69,7 @@ class RandomWidth:
         return sorted([self.min_width, *free], reverse=True)
 
     def select(self, subnet: float | None) -> None:
-        self.statistics.hold(subnet == 1.0)
+        self.statistics.hold(subnet is not None and check_width(subnet) == 1.0)
         set_width(self.model, 1.0 if subnet is None else subnet)
 
 
@@ -105,7 +105,7 @@ class RandomLayerWidth:
         return [*sorted(drawn, key=sum, reverse=True), (self.min_width,) * len(self.classes)]
 
     def select(self, subnet: tuple[float, ...] | None) -> None:
-        full = subnet is None or min(subnet) == 1.0
+        full = subnet is None or check_width(min(subnet)) == 1.0
         self.statistics.hold(full and subnet is not None)
         for layers, width in zip(self.classes, (1.0,) * len(self.classes) if full else subnet, strict=True):
             for layer in layers:

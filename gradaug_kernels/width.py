@@ -7,14 +7,17 @@ from torch import nn
 
 
 def check_width(width: float) -> float:
-    """The width as a float.
+    """The width as a float of six decimals, which is the one way in which widths are compared and named.
+
+    Arithmetic leaves 0.7999999999999999 of 0.8 and 0.9999999999 of 1, float32 0.800000012; each is the width meant.
 
     Raises:
         ValueError: for a width outside (0, 1].
     """
-    if not 0.0 < width <= 1.0:
+    rounded = round(float(width), 6)
+    if not 0.0 < rounded <= 1.0:
         raise ValueError(f"width must be in (0, 1], got {width}")
-    return float(width)
+    return rounded
 
 
 def round_channels(channels: int, width: float, divisor: int = 1) -> int:
@@ -27,7 +30,7 @@ def round_channels(channels: int, width: float, divisor: int = 1) -> int:
 
     Args:
         channels: channels at width 1.
-        width: in (0, 1].
+        width: in (0, 1], taken to six decimals.
         divisor: what the result is a multiple of, unless it is `channels`.
 
     Raises:
@@ -66,7 +69,7 @@ def set_width(model: nn.Module, width: float) -> None:
 
     Args:
         model: a model with FastSlimConv2d, SlimLinear or SlimBatchNorm2d layers.
-        width: in (0, 1]; 1 is the full network.
+        width: in (0, 1], taken to six decimals; 1 is the full network.
 
     Raises:
         ValueError: for a width outside (0, 1], one that leaves a layer no channel, or a model without such layers.
