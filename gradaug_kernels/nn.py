@@ -395,11 +395,15 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
     def _record(self, shape: torch.Size, mean: Tensor, var: Tensor) -> None:
         """Update the running statistics of this width, if it has some, with those of a batch of that shape."""
         values_per_channel = shape[0] * shape[2] * shape[3]
-        records = self.training and self.track_running_stats and self._statistics is not None
-        if records and values_per_channel > 0 and self._buffers["running_mean"] is not None:
-            running = (getattr(self, name) for name in self._statistics)
-            slim_batch_norm_record_(*running, mean, var, values_per_channel, self.momentum)
-            self._uncalibrated.discard(self._slim_width)
+        names = self._statistics
+        if not (self.training and self.track_running_stats) or names is None or self._buffers["running_mean"] is None:
+            return
+        running_mean, running_var, num_batches = (getattr(self, name) for name in names)
+        if values_per_channel == 0:
+            num_batches.add_(1)  # as nn.BatchNorm2d counts them
+            return
+        slim_batch_norm_record_(running_mean, running_var, num_batches, mean, var, values_per_channel, self.momentum)
+        self._uncalibrated.discard(self._slim_width)
 
     def reset_width_stats(self, width: float) -> None:
         """Forget the running statistics of one width.
