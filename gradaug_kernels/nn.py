@@ -196,8 +196,9 @@ class FastSlimConv2d(nn.Conv2d):
         if isinstance(state_dict.get(name), Tensor):
             state_dict[name] = from_state_dict(state_dict[name])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        if local_metadata.get("assign_to_params_buffers", False):
-            self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
+        weight = self._parameters.get("weight")
+        if weight is not None and local_metadata.get("assign_to_params_buffers", False):
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
     def extra_repr(self) -> str:
         slim = f", divisor={self.divisor}" if self.divisor != 1 else ""

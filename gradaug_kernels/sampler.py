@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .channels import ChannelClass, channel_classes, channels_in, channels_out, sliced_layers
 from .nn import FastSlimConv2d, SlimBatchNorm2d, SlimLinear
-from .width import check_width, set_width, slim_modules
+from .width import check_width, refuse_replaced_layers, set_width, slim_modules
 
 BELOW_ONE = math.nextafter(1.0, 0.0)  # keeps all channels of a layer in a network that is not the full one
 
@@ -89,6 +89,7 @@ class RandomLayerWidth:
 
     def bind(self, model: nn.Module, num_subnets: int) -> None:
         set_width(model, 1.0)
+        refuse_replaced_layers(model)
         model = _unwrapped(model)
         modules = dict(model.named_modules())
         self.classes = [[modules[name] for name in found.layers] for found in channel_classes(model)]
