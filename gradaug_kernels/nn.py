@@ -292,7 +292,7 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
     def __init__(self, *args, widths: tuple[float, ...] = (1.0,), **kwargs):
         super().__init__(*args, **kwargs)
         self._names = {1.0: ("running_mean", "running_var", "num_batches_tracked")}
-        self._uncalibrated: set[float] = set()
+        self._unconfirmed: set[float] = set()  # widths whose statistics may be empty still
         self._set_width(1.0)
         for width in widths:
             self.add_width(width)
@@ -336,7 +336,7 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
             self._beside = (*self._beside, *names)
         getattr(self, names[1]).fill_(1)
         self._names[width] = names
-        self._uncalibrated.add(width)
+        self._unconfirmed.add(width)
         self._set_width(self._slim_width)
 
     @property
@@ -383,10 +383,10 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
         if self._takes_batch_statistics:
             return None, None
         width = self._slim_width
-        if self._statistics is None or width in self._uncalibrated:
+        if self._statistics is None or not self.is_calibrated(width):
             raise RuntimeError(
                 f"evaluation needs the statistics of width {width:g}, got those of widths "
-                f"{', '.join(f'{w:g}' for w in self.widths if w not in self._uncalibrated)}; "
+                f"{', '.join(f'{w:g}' for w in self.widths if self.is_calibrated(w))}; "
                 f"gradaug_kernels.calibrate(model, [{width:g}], loader) makes them"
             )
         mean, var = (getattr(self, name) for name in self._statistics[:2])
@@ -404,7 +404,17 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
             num_batches.add_(1)  # as nn.BatchNorm2d counts them
             return
         slim_batch_norm_record_(running_mean, running_var, num_batches, mean, var, values_per_channel, self.momentum)
-        self._uncalibrated.discard(self._slim_width)
+
+    def is_calibrated(self, width: float) -> bool:
+        """Whether `width` has statistics of at least one batch. Width 1 always counts as having them.
+
+        Asked in evaluation, not noted in training, where torch.compile would make another graph for it.
+        """
+        if width in self._unconfirmed:
+            num_batches = getattr(self, self._names[width][2])
+            if num_batches.is_meta or num_batches > 0:
+                self._unconfirmed.discard(width)
+        return width in self._names and width not in self._unconfirmed
 
     def reset_width_stats(self, width: float) -> None:
         """Forget the running statistics of one width.
@@ -420,7 +430,7 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
         var.fill_(1)
         num_batches.zero_()
         if width != 1.0:
-            self._uncalibrated.add(width)
+            self._unconfirmed.add(width)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -437,12 +447,9 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        for width, counter in self._widths_in(state_dict, prefix):
+        for width in self._widths_in(state_dict, prefix):
             self._add_width(width, as_buffers=False)
-            if counter.is_meta or counter > 0:
-                self._uncalibrated.discard(width)
-            else:
-                self._uncalibrated.add(width)
+            self._unconfirmed.add(width)
         beside = {name: state_dict.pop(prefix + name) for name in self._beside if prefix + name in state_dict}
         arguments = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(*arguments)
@@ -459,8 +466,8 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
             else:
                 own.copy_(value)
 
-    def _widths_in(self, state_dict, prefix) -> list[tuple[float, Tensor]]:
-        """The widths with private statistics in a state_dict, each with its counter; their names are made ours."""
+    def _widths_in(self, state_dict, prefix) -> list[float]:
+        """The widths with private statistics in a state_dict, in which their names are made ours."""
         found = []
         stem = f"{prefix}num_batches_tracked_"
         for key in [key for key in state_dict if key.startswith(stem)]:
@@ -478,7 +485,7 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
                 for old, new in renamed.items():
                     if old in state_dict:
                         state_dict[new] = state_dict.pop(old)
-            found.append((width, state_dict[f"{stem}{_suffix(width)}"]))
+            found.append(width)
         return found
 
     def extra_repr(self) -> str:
