@@ -11,6 +11,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterator
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -87,10 +88,11 @@ def _fuse_module(module: nn.Module, recompute: bool) -> None:
         return
     graph.lint()
     fused, original = fx.GraphModule(module, graph).__class__.forward, type(module)
+    own = original.forward
 
-    @functools.wraps(original.forward)
+    @functools.wraps(own)
     def forward(self, *args, **kwargs):
-        if _calls_of_fx(args) or not self._traced.is_still_true(self):
+        if original.forward is not own or _calls_of_fx(args) or not self._traced.is_still_true(self):
             return original.forward(self, *args, **kwargs)
         return fused(self, *args, **kwargs)
 
@@ -130,9 +132,8 @@ class _Traced(NamedTuple):
                     child, path = owner._modules[name], f"{path}.{name}"
                     called[path] = _Called(owner._modules, name, child, type(child))
                     owner = child
-        plain = (bool, int, float, str, type(None), type(_trace), type(torch.relu))
         attributes = vars(module).items()
-        read = [(n, v) for n, v in attributes if isinstance(v, plain) and n[:1] != "_" and n != "training"]
+        read = [(n, v) for n, v in attributes if _is_plain(v) and n[:1] != "_" and n != "training"]
         required = [
             (condition, call.module)
             for call in called.values()
@@ -147,12 +148,20 @@ class _Traced(NamedTuple):
                 return False
         attributes = module.__dict__
         for name, value in self.read:
-            if attributes.get(name, attributes) != value:
+            now = attributes.get(name, attributes)
+            if now is not value and now != value:
                 return False
         for condition, child in self.required:
             if not condition(child):
                 return False
         return not _is_hooked_everywhere()
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it can be compared with what is there later, and cannot be changed in place."""
+    if isinstance(value, tuple):
+        return all(_is_plain(element) for element in value)
+    return value is None or isinstance(value, bool | int | float | str | FunctionType | BuiltinFunctionType)
 
 
 def _is_hooked(of: dict[str, Any]) -> bool:

@@ -272,6 +272,9 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
         an unlisted width   stores nothing ("batch"), as GradAug's sub-networks.
     In evaluation a width normalises with its own statistics. `calibrate` makes and fills them for any width.
 
+    torch.compile makes one graph for each width with private statistics, and one for all others together; above 8, its
+    limit, set torch._dynamo.config.recompile_limit to as many.
+
     The statistics of width w are named `running_mean_w` and so on, with the point of w as an underscore; they have
     num_features elements, of which the first channels of that width are used. Those of `widths` and `add_width` are
     buffers. Those that `calibrate` makes, or that only a loaded state_dict has, are in state_dict, move and are copied

@@ -296,6 +296,16 @@ def test_changes_after_conversion_are_those_of_the_original(name):
             torch.testing.assert_close(model.get_buffer(buffer), value, msg=buffer)
 
 
+def test_a_compiled_model_notices_a_replaced_layer():
+    plain, model = block().eval(), gk.convert(block().eval())
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(2, 3, 6, 6)
+    torch.testing.assert_close(compiled(x), plain(x))
+    plain[2], model[2] = nn.SiLU(), nn.SiLU()
+    torch.testing.assert_close(compiled(x), plain(x))
+    torch._dynamo.reset()
+
+
 def test_an_attribute_that_tracing_read_may_change():
     class Scaled(nn.Module):
         def __init__(self):
