@@ -7,6 +7,7 @@ subclass of what it was, its children, parameters, state_dict and hooks are the 
 traced, because a layer was replaced or has a hook, it runs its own forward again.
 """
 
+import copy
 import functools
 import math
 import operator
@@ -180,7 +181,13 @@ def _is_hooked_everywhere() -> bool:
 
 
 class _Fused:
-    """Mixed into the class of a module with a rewritten forward, which is made again by copies and pickles."""
+    """Mixed into the class of a module with a rewritten forward, which pickles make again."""
+
+    def __deepcopy__(self, memo):
+        # Of the same class, as torch.func.stack_module_state wants it.
+        memo[id(self)] = copied = self.__class__.__new__(self.__class__)
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def __reduce_ex__(self, protocol):
         state = {name: value for name, value in vars(self).items() if name not in ("_traced", "_chains", "_recompute")}
@@ -194,7 +201,7 @@ class _Fused:
 
 
 class _Unfused:
-    """Mixed into the class of a copy that is yet to get its attributes, which may refer to it."""
+    """Mixed into the class of a module read from a pickle that is yet to get its attributes, which may refer to it."""
 
     @staticmethod
     def make(original: type, recompute: bool) -> nn.Module:
