@@ -34,6 +34,12 @@ class RunningStatistics:
             norm._uncalibrated |= widths
 
     @torch.no_grad()
+    def changed(self) -> list[Tensor]:
+        """Those of now in a few tensors [n], with zeros for what was not finite when it was kept."""
+        floating = (key for key in self._groups if key[1].is_floating_point)
+        return [torch.where(self._kept[key].isfinite(), _flat(self._groups[key]), 0) for key in floating]
+
+    @torch.no_grad()
     def restore_where(self, condition: Tensor) -> None:
         """The same if condition, bool [], without waiting for its device."""
         for key, buffers in self._groups.items():
@@ -69,7 +75,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 class WholeStep:
-    """Takes the optimizer's step if all losses and gradients are finite, and leaves everything as it was if not.
+    """Takes the optimizer's step if losses, gradients and statistics are finite, and leaves all as it was if not.
 
     Parameters, the optimizer's state and running statistics are then those from before the step. Gradients stay, to be
     looked at. Processes of a group decide alike.
@@ -114,7 +120,8 @@ class WholeStep:
         """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         device = next(iter(losses.values())).device
-        found = any_non_finite([*losses.values(), *(p.grad for p in parameters)], device)
+        gradients = [parameter.grad for parameter in parameters]
+        found = any_non_finite([*losses.values(), *gradients, *self.statistics.changed()], device)
         if hasattr(self.model, "no_sync"):
             torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=self.model.process_group)
         if not self.raises and self._optimizer_looks_itself(parameters):
@@ -122,9 +129,10 @@ class WholeStep:
         elif not found:
             self.optimizer.step()
         else:
+            complaint = self._complaint(losses, parameters) if self.raises else None
             self.statistics.restore()
-            if self.raises:
-                raise FloatingPointError(f"{self._complaint(losses, parameters)}; the step was not taken")
+            if complaint is not None:
+                raise FloatingPointError(f"{complaint}; the step was not taken")
         self.skipped = self.skipped + found
         return found.bool()
 
@@ -149,4 +157,6 @@ class WholeStep:
         for parameter in parameters:
             if any_non_finite([parameter.grad], parameter.device):
                 return f"gradient must be finite, got one of '{names.get(parameter, 'a parameter')}' that is not"
+        if any_non_finite(self.statistics.changed(), torch.device("cpu")):
+            return "running statistics must be finite, got infinite ones of too large activations"
         return "losses and gradients must be finite in every process, got another's that are not"

@@ -151,6 +151,8 @@ class GradAug:
         if frozen_norm not in ("batch", "full"):
             raise ValueError(f"frozen_norm must be 'batch' or 'full', got {frozen_norm!r}")
         _check_model_and_optimizer(model, optimizer)
+        if num_subnets > 0 and getattr(model, "static_graph", False):
+            raise ValueError("model must be in DistributedDataParallel without static_graph, got one with it")
         _check_scheduler(scheduler, optimizer)
         self.model = model
         self.optimizer = optimizer
@@ -336,7 +338,7 @@ def _check_model_and_optimizer(model: nn.Module, optimizer: torch.optim.Optimize
     """Raises TypeError or ValueError where a step cannot be taken with them."""
     if isinstance(model, nn.DataParallel):
         raise TypeError("model must be in DistributedDataParallel to use several devices, got a DataParallel")
-    if not _needs_no_arguments(optimizer.step):
+    if not _steps_without_arguments(optimizer):
         raise TypeError(f"optimizer must step without a closure, got {type(optimizer).__name__}")
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     if held.isdisjoint(model.parameters()):
@@ -347,16 +349,16 @@ def _check_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
     """Raises TypeError or ValueError where it cannot be stepped with the optimizer."""
     if scheduler is None:
         return
-    if not _needs_no_arguments(scheduler.step):
+    if not _steps_without_arguments(scheduler):
         raise TypeError(f"scheduler must step without a metric, got {type(scheduler).__name__}")
     of = getattr(scheduler, "optimizer", optimizer)
     if of is not optimizer and of.param_groups is not optimizer.param_groups:
         raise ValueError(f"scheduler must be one of the optimizer given, got one of another {type(of).__name__}")
 
 
-def _needs_no_arguments(function: Callable) -> bool:
+def _steps_without_arguments(what: Any) -> bool:
     try:
-        inspect.signature(function).bind()
+        inspect.signature(type(what).step).bind(what)  # a scheduler wraps its optimizer's own attribute
     except TypeError:
         return False
     return True
