@@ -6,6 +6,7 @@ chooses other channels than the first, until the next width is set; the number o
 """
 
 import weakref
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -36,11 +37,13 @@ def _set(module: nn.Module, **attributes) -> None:
 
 
 def _parameters(layer: "FastSlimConv2d | SlimLinear") -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The weight and bias whose first channels are those of the sub-network, and the buffer for the weight's gradient.
+    """The weight and bias whose first channels are those of the sub-network, and where the weight's gradient is added.
 
-    That buffer is None where autograd carries the gradient.
+    That is None where autograd carries the gradient.
     """
-    weight, weight_grad = layer._accumulating or (layer.weight, None)
+    weight, weight_grad = layer.weight, None
+    if layer._accumulating is not None:
+        weight, weight_grad = layer._accumulating.resolve(weight)
     if layer._kept is None:
         return weight, layer.bias, weight_grad
     outputs, inputs = layer._kept
@@ -73,6 +76,39 @@ def carry_over_hooks(source: nn.Module, target: nn.Module) -> None:
             hook.module = weakref.ref(target)
 
 
+class Accumulating(NamedTuple):
+    """What `AccumulateIntoGrad` knows of a layer's weight."""
+
+    weight: nn.Parameter
+    computed: Tensor  # what the layer computes with: the weight, or a low-precision copy of it
+    version: int  # of the weight, when it was copied
+    grad: Tensor | None  # weight.grad at the start of the with-block
+
+    def resolve(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The weight to compute with, and the parameter or buffer that its gradient is added to.
+
+        weight: the layer's now. Autograd carries the gradient, None, where it is another one, as inside
+        torch.func.functional_call or in a replica, is frozen or has hooks, or has changed since it was copied.
+        """
+        if weight is not self.weight:
+            return weight, None
+        if torch.compiler.is_compiling():  # a graph takes buffers as inputs; their versions and hooks are not to be had
+            return (weight, None) if self.grad is None else (self.computed, self.grad)
+        if not may_accumulate(weight) or (self.computed is not weight and weight._version != self.version):
+            return weight, None
+        return self.computed, weight
+
+
+def may_accumulate(weight: Tensor | None) -> bool:
+    """Whether kernels may add the gradient of a layer's weight to its .grad: a parameter, trained and without hooks."""
+    return (
+        type(weight) is nn.Parameter
+        and weight.requires_grad
+        and not weight._backward_hooks
+        and not weight._post_accumulate_grad_hooks
+    )
+
+
 class FastSlimConv2d(nn.Conv2d):
     """nn.Conv2d of adjustable width, a drop-in: same arguments, parameter names and state_dict.
 
@@ -97,7 +133,7 @@ class FastSlimConv2d(nn.Conv2d):
         ValueError: for an input whose channels do not fit, or a width that leaves no channel.
     """
 
-    _accumulating = None  # (weight to compute with, buffer for its gradient) inside AccumulateIntoGrad
+    _accumulating = None  # an Accumulating, inside AccumulateIntoGrad
 
     def __init__(self, *args, divisor: int = 1, slim_out: bool = True, **kwargs):
         super().__init__(*args, **kwargs)
@@ -221,7 +257,7 @@ class SlimLinear(nn.Linear):
         ValueError: for an input whose features do not fit, or a width that leaves no feature.
     """
 
-    _accumulating = None  # (weight to compute with, buffer for its gradient) inside AccumulateIntoGrad
+    _accumulating = None  # an Accumulating, inside AccumulateIntoGrad
 
     def __init__(self, *args, divisor: int = 1, slim_out: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
@@ -291,6 +327,7 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
     """
 
     _beside: tuple[str, ...] = ()  # names of the statistics that are not buffers
+    _substitute = None  # "batch" or "full": what it takes in a GradAug step for statistics that it does not have
 
     def __init__(self, *args, widths: tuple[float, ...] = (1.0,), **kwargs):
         super().__init__(*args, **kwargs)
@@ -370,7 +407,7 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
         if channels > self.num_features or (width == 1.0 and channels != self.num_features):
             bound = "" if width == 1.0 else "at most "
             raise ValueError(f"input must have {bound}{self.num_features} channels at width {width:g}, got {channels}")
-        if self.training and shape[0] * shape[2] * shape[3] == 1:
+        if self._takes_batch_statistics and shape[0] * shape[2] * shape[3] == 1:
             raise ValueError(
                 f"training needs more than 1 value per channel for statistics, got input of shape {tuple(shape)}"
             )
@@ -379,22 +416,29 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
     def _takes_batch_statistics(self) -> bool:
         if self.training or self._buffers["running_mean"] is None:
             return True
-        return self._statistics is None and not self.track_running_stats
+        return not self._has_statistics and (self._substitute == "batch" or not self.track_running_stats)
+
+    @property
+    def _has_statistics(self) -> bool:
+        return self._statistics is not None and self.is_calibrated(self._slim_width)
 
     def _given_statistics(self, channels: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """The statistics [channels] of this width for an input of dtype; None and None where the batch's are taken."""
         if self._takes_batch_statistics:
             return None, None
-        width = self._slim_width
-        if self._statistics is None or not self.is_calibrated(width):
+        if not self._has_statistics and self._substitute is None:
+            width = self._slim_width
             raise RuntimeError(
                 f"evaluation needs the statistics of width {width:g}, got those of widths "
                 f"{', '.join(f'{w:g}' for w in self.widths if self.is_calibrated(w))}; "
-                f"gradaug_kernels.calibrate(model, [{width:g}], loader) makes them"
+                f"gradaug_kernels.calibrate(model, [{width:g}], loader) makes them, and in training norm.train() "
+                "takes the batch's"
             )
-        mean, var = (getattr(self, name) for name in self._statistics[:2])
+        names = self._statistics if self._has_statistics else self._names[1.0]
+        chosen = slice(channels) if self._kept is None else self._kept
         stats_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        return mean[:channels].to(stats_dtype), var[:channels].to(stats_dtype)
+        mean, var = (getattr(self, name)[chosen].to(stats_dtype) for name in names[:2])
+        return mean, var
 
     def _record(self, shape: torch.Size, mean: Tensor, var: Tensor) -> None:
         """Update the running statistics of this width, if it has some, with those of a batch of that shape."""

@@ -171,6 +171,8 @@ def _train_epoch(step, model, average, augmentation, loader, epoch, epochs, conf
             for name, mean in zip(names, means, strict=True):
                 if not math.isfinite(mean):
                     raise FloatingPointError(f"loss must be finite, got {mean} as {name} in epoch {epoch + 1}")
+            if step.skipped:
+                raise FloatingPointError(f"gradient must be finite, got one that is not in epoch {epoch + 1}")
             bar.set_postfix(loss=f"{means[0]:.3f}", refresh=False)
     seconds = time.perf_counter() - started
     count = len(loader) * config.train.batch_size
