@@ -22,6 +22,7 @@ from .ops import (
     slim_norm_max_pool2d,
 )
 from .sampler import RandomChannels, RandomDepth, RandomLayerWidth, RandomWidth, Sampler
+from .state import plain_state_dict
 from .subnet import calibrate
 from .width import round_channels, set_width, use_width
 
@@ -46,6 +47,7 @@ __all__ = [
     "fuse",
     "fused_chains",
     "kl_divergence",
+    "plain_state_dict",
     "round_channels",
     "set_width",
     "slim_batch_norm",

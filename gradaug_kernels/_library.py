@@ -19,6 +19,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -99,8 +100,54 @@ def differentiable(op: torch._ops.OpOverload, setup_context: Callable, backward:
     return call
 
 
+class Destination:
+    """What a weight's gradient is added to: a buffer, or a parameter's .grad as the backward pass finds it.
+
+    Autograd has the gradient where that .grad cannot take it (there is none, or of another kind), and inside
+    torch.autograd.grad. Adding counts as a change in place: the buffer's `_version` tells whether there was one.
+    csrc/autograd.cpp has the same.
+    """
+
+    def __init__(self, weight_grad: torch.Tensor):
+        self.given = weight_grad
+        self.is_parameter = weight_grad.requires_grad
+
+    def take(self, node: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The tensor to add to, and what autograd gets for `given`, which is the node's last input."""
+        if torch.compiler.is_compiling():  # a buffer: the compiled graph's own input
+            return self.given, None
+        if self.is_parameter and not (_has_a_buffer(self.given) and _is_accumulated(node.next_functions[-1][0])):
+            gradient = torch.zeros_like(self.given)
+            return gradient, gradient
+        buffer = self.given.grad if self.is_parameter else self.given
+        torch.autograd.graph.increment_version(buffer)
+        return buffer, None
+
+
+def _has_a_buffer(parameter: torch.Tensor) -> bool:
+    grad = parameter.grad
+    return (
+        parameter.requires_grad
+        and not parameter._backward_hooks
+        and not parameter._post_accumulate_grad_hooks
+        and grad is not None
+        and not grad.requires_grad
+        and (grad.layout, grad.dtype, grad.device) == (torch.strided, parameter.dtype, parameter.device)
+        and grad.stride() == parameter.stride()
+        and grad.shape == parameter.shape
+    )
+
+
+def _is_accumulated(leaf: Any) -> bool:
+    """Whether the backward pass that runs adds to the .grad of a leaf, as torch.autograd.grad does not."""
+    try:
+        return torch._C._will_engine_execute_node(leaf)
+    except RuntimeError:  # torch.autograd.grad of this very leaf
+        return False
+
+
 def differentiable_into_buffer(op: torch._ops.OpOverload, setup_context: Callable, gradients: Callable) -> Callable:
-    """An operator whose weight's gradient is added to a buffer; autograd then gets none for it.
+    """An operator whose weight's gradient is added to a `Destination`; autograd then gets none for it.
 
     gradients(ctx, dy, weight_grad) returns those of all arguments, None for the weight's, which it adds to weight_grad.
 
@@ -112,7 +159,8 @@ def differentiable_into_buffer(op: torch._ops.OpOverload, setup_context: Callabl
         @staticmethod
         @below_autograd
         def forward(ctx, *args):
-            *inputs, ctx.weight_grad = args
+            *inputs, weight_grad = args
+            ctx.destination = Destination(weight_grad)
             output = op(*inputs)
             setup_context(ctx, inputs, output)
             return output
@@ -121,7 +169,8 @@ def differentiable_into_buffer(op: torch._ops.OpOverload, setup_context: Callabl
         @torch.autograd.function.once_differentiable
         @below_autograd
         def backward(ctx, dy, *_):
-            return *gradients(ctx, dy, ctx.weight_grad), None
+            weight_grad, for_autograd = (None, None) if dy is None else ctx.destination.take(ctx)
+            return *gradients(ctx, dy, weight_grad), for_autograd
 
     eager = _in_cpp(op) or IntoBuffer.apply
 

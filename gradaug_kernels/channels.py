@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
+from ._tracing import Tracer
+
 Layers = dict[str, nn.Module]  # convolutions, linear layers and batch norms by their names
 
 
@@ -39,7 +41,7 @@ def sliced_layers(model: nn.Module) -> Layers:
 def trace(model: nn.Module) -> fx.Graph | None:
     """The graph of `model` down to its sliced layers; None for a model that torch.fx cannot trace."""
 
-    class LeafTracer(fx.Tracer):
+    class LeafTracer(Tracer):
         def is_leaf_module(self, module, name):
             return isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d) or super().is_leaf_module(module, name)
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from . import channels
 from .fuse import fuse
-from .nn import FastSlimConv2d, SlimBatchNorm2d, SlimLinear
+from .nn import FastSlimConv2d, SlimBatchNorm2d, SlimLinear, carry_over_hooks
+from .width import remember_layers
 
 _SLIM = {nn.Conv2d: FastSlimConv2d, nn.Linear: SlimLinear, nn.BatchNorm2d: SlimBatchNorm2d}
 # Layers that fix a number of channels and have no sliced counterpart.
@@ -74,10 +75,12 @@ def convert(
         else:
             slim = _mixing_layer(module, math.lcm(divisor, divisors.get(name, 1)), name not in classifiers)
         slim.train(module.training)
+        carry_over_hooks(module, slim)
         parent, _, child = name.rpartition(".")
         if name == "":
             return slim
         setattr(model.get_submodule(parent), child, slim)
+    remember_layers(model)
     return fuse(model, recompute) if fuse_chains else model
 
 

@@ -27,6 +27,12 @@ def sgd(model, lr=0.05):
     return torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 
+def linear_step(**options):
+    """Of a model that is not called."""
+    model = gk.convert(nn.Linear(2, 2))
+    return gk.GradAug(model, sgd(model), **options)
+
+
 def batches(n, size=16):
     generator = torch.Generator().manual_seed(1)
     for _ in range(n):
@@ -72,7 +78,7 @@ def test_ten_steps_equal_plain_pytorch(network, lr, accumulate, recompute):
 
 
 def test_draws_are_the_published_distribution():
-    step = gk.GradAug(gk.convert(nn.Linear(2, 2)), None, num_subnets=3, min_width=0.9, resolutions=(224, 192, 160, 128))
+    step = linear_step(num_subnets=3, min_width=0.9, resolutions=(224, 192, 160, 128))
     draws = [step.draw() for _ in range(400)]
     for widths in ([draw.width for draw in drawn] for drawn in draws):
         assert widths == sorted(widths, reverse=True)
@@ -86,7 +92,7 @@ def test_draws_are_the_published_distribution():
 
 def test_draws_depend_on_the_seed_alone_and_resume():
     def make(seed):
-        return gk.GradAug(gk.convert(nn.Linear(2, 2)), None, resolutions=(8, 6), seed=seed)
+        return linear_step(resolutions=(8, 6), seed=seed)
 
     first, second, other = make(3), make(3), make(4)
     torch.manual_seed(1)
@@ -200,9 +206,8 @@ def test_the_gradient_is_the_sum_of_the_losses(options, subnet_loss):
 
 
 def test_distinct_transforms():
-    model = gk.convert(nn.Linear(2, 2))
     transforms = [lambda x: x, lambda x: -x, lambda x: 2 * x, lambda x: x + 1]
-    step = gk.GradAug(model, None, num_subnets=3, transforms=transforms, distinct_transforms=True)
+    step = linear_step(num_subnets=3, transforms=transforms, distinct_transforms=True)
     draws = [[draw.transform for draw in step.draw()] for _ in range(50)]
     assert all(len(set(drawn)) == 3 for drawn in draws)
     assert all({drawn[i] for drawn in draws} == {0, 1, 2, 3} for i in range(3))
@@ -267,12 +272,12 @@ def test_kl_divergence_has_the_gradient_of_soft_cross_entropy():
 )
 def test_bad_settings(options, message):
     with pytest.raises(ValueError, match=message):
-        gk.GradAug(gk.convert(nn.Linear(2, 2)), None, **options)
+        linear_step(**options)
 
 
 def test_bad_images_and_models():
     with pytest.raises(ValueError, match="layers of adjustable width, got Linear without any"):
-        gk.GradAug(nn.Linear(2, 2), None)
+        gk.GradAug(plain := nn.Linear(2, 2), sgd(plain))
     model = gk.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 6, 2)))
     step = gk.GradAug(model, sgd(model), resolutions=(2, 3))
     with pytest.raises(TypeError, match=r"images must be floating point \(normalised\), got torch.uint8"):
