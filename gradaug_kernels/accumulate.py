@@ -81,7 +81,7 @@ class AccumulateIntoGrad:
                 self._idle.add(layer)
             elif weight.grad is not None:
                 self._idle.discard(layer)
-        self._buffers = {layer: weight.grad for layer, weight in self._weights.items() if weight.grad is not None}
+        self._buffers = {layer: weight.grad for layer, weight in self._weights.items() if _is_whole(weight.grad)}
         self._untouched = {}
 
     def _attach_buffers(self) -> None:
@@ -112,6 +112,13 @@ class AccumulateIntoGrad:
     def __exit__(self, *exception) -> None:
         for layer in self._weights:
             layer._accumulating = None
+
+
+def _is_whole(buffer: torch.Tensor | None) -> bool:
+    """Whether it has its memory and its version for itself, unlike a view of a DistributedDataParallel's bucket."""
+    if buffer is None or buffer.layout != torch.strided:
+        return False
+    return buffer._base is None and buffer.untyped_storage().nbytes() == buffer.numel() * buffer.element_size()
 
 
 def _is_like(buffer: torch.Tensor, weight: torch.Tensor) -> bool:
