@@ -48,6 +48,7 @@ class AccumulateIntoGrad:
         self.dtype = dtype
         self.saves_memory = saves_memory(model)
         self._weights: dict[nn.Module, nn.Parameter] = {}
+        self._versions: dict[nn.Module, int] = {}  # of the weights at the start of the step
         self._copies: dict[nn.Module, torch.Tensor] = {}
         self._buffers: dict[nn.Module, torch.Tensor] = {}  # gradients of the last step
         self._untouched: dict[nn.Module, tuple[torch.Tensor, int]] = {}  # buffers of zeros, and their versions
@@ -63,6 +64,7 @@ class AccumulateIntoGrad:
         """Make the gradients exist, where they are likely to be needed, and the low-precision copies current."""
         weights = {layer: layer._parameters.get("weight") for layer in self.layers}
         self._weights = {layer: weight for layer, weight in weights.items() if may_accumulate(weight)}
+        self._versions = {layer: weight._version for layer, weight in self._weights.items()}
         self._attach_buffers()
         copied = [layer for layer, weight in self._weights.items() if self._is_copied(weight)]
         if self._copies.keys() != set(copied) or any(self._copies[c].device != c.weight.device for c in copied):
@@ -107,7 +109,8 @@ class AccumulateIntoGrad:
 
     def __enter__(self) -> None:
         for layer, weight in self._weights.items():
-            layer._accumulating = Accumulating(weight, self._copies.get(layer, weight), weight._version, weight.grad)
+            computed = self._copies.get(layer, weight)
+            layer._accumulating = Accumulating(weight, computed, self._versions[layer], weight.grad)
 
     def __exit__(self, *exception) -> None:
         for layer in self._weights:

@@ -278,7 +278,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(comman
     out = tmp_path / "out"
     status, _, error = command("--out", out, "--set", "optimizer.lr=1e18")
     assert status == 2
-    assert error.startswith("gradaug: error: loss must be finite, got ")
+    assert error.startswith("gradaug: error: loss, gradient and statistics must be finite, got ")
     assert error.endswith(f"in epoch 1; {out}/checkpoint.pt keeps the state after epoch 0\n")
     assert all(value.isfinite().all() for value in checkpoint(out)["model"].values())
 

@@ -178,7 +178,8 @@ def _train_epoch(step, model, average, augmentation, loader, epoch, epochs, conf
                 if not math.isfinite(mean):
                     raise FloatingPointError(f"loss must be finite, got {mean} as {name} in epoch {epoch + 1}")
             if step.skipped:
-                raise FloatingPointError(f"gradient must be finite, got one that is not in epoch {epoch + 1}")
+                count = f"{step.skipped} of {iteration} steps without in epoch {epoch + 1}"
+                raise FloatingPointError(f"loss, gradient and statistics must be finite, got {count}")
             bar.set_postfix(loss=f"{means[0]:.3f}", refresh=False)
     # A loss is of the weights before its step: those after the last one, which the checkpoint keeps, have shown none.
     if not all(value.isfinite().all() for value in model.state_dict().values()):
