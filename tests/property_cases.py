@@ -202,6 +202,7 @@ class ConvCase(Case):
     wider: tuple[int, int] = (0, 0)  # channels of the full width beyond the slice: out, in (of a group)
     weight: Layout = NCHW
     bias: bool = False
+    bias_step: int = 1  # between its elements
     parameters: str | None = None  # dtype of weight and bias where it is not that of x
     buffer: str | None = None  # dtype of the buffer that takes the weight's gradient; None is no buffer
     buffer_layout: Layout = NCHW
@@ -321,8 +322,10 @@ def conv_cases(draw, operators=("slim_conv2d",), budget=None, **fixed):
         names += ["residual"] if norm["residual"] else []
         norm["statistics"] = False
     lowered = options["dtype"] in LOW_PRECISION
-    buffer = draw(values(None, None, "float32", options["dtype"], *DTYPES)) if "buffer" not in options else None
+    buffer = draw(values(None, None, "float32", options["dtype"], *DTYPES))
     needs = subset(draw, names)
+    if buffer and needs and "weight" not in needs:
+        needs = (*needs, "weight")
     return ConvCase(
         shape=(batch, groups * group_in, *size),
         out=groups * group_out,
@@ -336,8 +339,9 @@ def conv_cases(draw, operators=("slim_conv2d",), budget=None, **fixed):
         dy=draw(image_layouts()),
         weight=draw(weight_layouts()),
         bias=bias,
-        needs=needs if not (buffer and needs) or "weight" in needs else (*needs, "weight"),
+        bias_step=draw(values(1, 1, 1, 3)) if bias else 1,
         **{
+            "needs": needs,
             "parameters": "float32" if lowered and draw(st.booleans()) else None,
             "buffer": buffer,
             "buffer_layout": draw(weight_layouts()) if buffer else NCHW,
@@ -357,6 +361,7 @@ class LinearCase(Case):
     wider: tuple[int, int] = (0, 0)  # features of the full width beyond the slice: out, in
     weight: Layout = NCHW
     bias: bool = False
+    bias_step: int = 1
     parameters: str | None = None
     buffer: str | None = None
     buffer_layout: Layout = NCHW
@@ -381,6 +386,7 @@ def linear_cases(draw):
         dy=draw(matrix_layouts(dimensions)),
         weight=draw(matrix_layouts(2, expanded=False)),
         bias=bias,
+        bias_step=draw(values(1, 1, 1, 3)) if bias else 1,
         parameters="float32" if options["dtype"] in LOW_PRECISION and draw(st.booleans()) else None,
         buffer=buffer,
         buffer_layout=draw(matrix_layouts(2, expanded=False)) if buffer else NCHW,
@@ -458,8 +464,11 @@ def pool_cases(draw, budget=ORDINARY):
         kernel.append(k)
         stride.append(stride[0] if axis and alike else draw(values(1, 2, 3, 4)))
         padding.append(padding[0] if axis and alike else draw(st.integers(0, k // 2)))
-        smallest = max(draw(values(1, 1, 1, 0)), k - 2 * padding[-1])
-        size.append(smallest + draw(values(0, 1, 2, 3, 5, 8, 13)))
+        size.append(max(1, k - 2 * padding[-1]) + draw(values(0, 1, 2, 3, 5, 8, 13)))
+    if draw(values(*[False] * 15, True)):  # padding alone is as large as the kernel
+        empty = draw(values((0,), (1,), (0, 1)))
+        for axis in empty:
+            kernel[axis], padding[axis], size[axis] = 2 * kernel[axis], kernel[axis], 0
     batch, channels = draw(values(1, 2, 3, 5, 0)), draw(st.sampled_from(SIZES))
     work = kernel[0] * kernel[1] * max(1, batch) * max(1, size[0]) * max(1, size[1])
     while channels > 1 and work * channels > budget:

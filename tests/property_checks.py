@@ -23,7 +23,6 @@ from property_cases import (
 )
 from property_oracle import (
     Approx,
-    Normed,
     batch_norm,
     batch_norm_backward,
     channel_sum,
@@ -229,7 +228,6 @@ class Call:
     """An operator, called as a case says. `tensors` are its arguments by name; `run` gives results by name."""
 
     case: Case
-    gradients_of: dict[str, str] = {}  # argument -> the name of its gradient where that is not d<argument>
 
     def __init__(self, case):
         self.case = case
@@ -389,7 +387,8 @@ class ConvCall(Call):
         own = (case.out, c // case.groups, *case.kernel)
         weight = make.randn(*own) / fan_in**0.5
         self.tensors["weight"] = make.full_width(weight, case.wider, case.weight, parameters)
-        bias = make.full_width(make.randn(case.out), case.wider[:1], Layout(), parameters) if case.bias else None
+        bias = Layout(step=(case.bias_step,))
+        bias = make.full_width(make.randn(case.out), case.wider[:1], bias, parameters) if case.bias else None
         self.tensors["bias"] = bias
         if case.before:
             self.tensors |= norm_tensors(make, case.before, c, x, center=0.5)
@@ -528,7 +527,8 @@ class LinearCall(Call):
         self.tensors["x"] = make.lay_out(make.randn(*case.shape), case.x)
         weight = make.randn(*own) / own[1] ** 0.5
         self.tensors["weight"] = make.full_width(weight, case.wider, case.weight, parameters)
-        bias = make.full_width(make.randn(case.out), case.wider[:1], Layout(), parameters) if case.bias else None
+        bias = Layout(step=(case.bias_step,))
+        bias = make.full_width(make.randn(case.out), case.wider[:1], bias, parameters) if case.bias else None
         self.tensors["bias"] = bias
         self.take_buffer(own)
 

@@ -6,27 +6,18 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 from property_cases import (
-    NCHW,
-    NHWC,
-    BatchNormCase,
     Case,
     ConvCase,
-    Layout,
     LinearCase,
-    Norm,
-    PoolCase,
     Printed,
     batch_norm_cases,
     conv_cases,
     linear_cases,
     pool_cases,
 )
+from property_checks import *  # noqa: F403 - what the repr of a call names
 from property_checks import REFUSALS, assert_one_sentence, call_of
 
-__all__ = [
-    *("NCHW", "NHWC", "BatchNormCase", "ConvCase", "InvalidCall", "Layout", "LinearCase", "Norm", "PoolCase"),
-    "check_refused",
-]
 OPS = torch.ops.gradaug
 
 
@@ -116,8 +107,8 @@ def _kernel(arguments) -> int:
     return max(weight.shape[2:]) if "dilation" in arguments and weight is not None else 0
 
 
-# Operators behind the autograd formulas, called directly: name -> (operator, arguments) of a convolution or linear layer.
 def _gradient_calls(case: Case, y: torch.Tensor, t: dict) -> dict[str, tuple]:
+    """Of the operators behind the autograd formulas: name -> operator and arguments."""
     x, weight = t["x"], t["weight"]
     buffer = torch.zeros_like(weight, dtype=torch.float32)
     if isinstance(case, LinearCase):

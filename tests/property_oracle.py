@@ -228,18 +228,9 @@ def windows(x: Tensor, kernel, stride, padding, outside: float) -> Tensor:
     """[KH * KW, N, C, OH, OW]: every pixel of every window."""
     size = [(x.shape[2 + a] + 2 * padding[a] - kernel[a]) // stride[a] + 1 for a in (0, 1)]
     x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]), value=outside)
-    return torch.stack(
-        [
-            x[
-                :,
-                :,
-                i : i + (size[0] - 1) * stride[0] + 1 : stride[0],
-                j : j + (size[1] - 1) * stride[1] + 1 : stride[1],
-            ]
-            for i in range(kernel[0])
-            for j in range(kernel[1])
-        ]
-    )
+    rows, columns = ((count - 1) * step + 1 for count, step in zip(size, stride, strict=True))
+    places = [(i, j) for i in range(kernel[0]) for j in range(kernel[1])]
+    return torch.stack([x[:, :, i : i + rows : stride[0], j : j + columns : stride[1]] for i, j in places])
 
 
 def max_pool(x: Approx, kernel, stride, padding) -> Approx:

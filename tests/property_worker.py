@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import traceback
+import unittest.mock
 
 PRELOADED = ["torch", "gradaug_kernels", "property_checks"]
 SECONDS = 120  # for one case
@@ -23,9 +24,8 @@ class Fault(AssertionError):
     """A result is wrong, or the operator raised."""
 
 
-def serve(connection, check, environment: dict[str, str]) -> None:
+def serve(connection, check) -> None:
     """Check what comes until the parent hangs up."""
-    os.environ |= environment
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -48,8 +48,10 @@ class Worker:
 
     def __init__(self, check, environment: dict[str, str] | None = None):
         self.check, self.environment = check, environment or {}
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(PRELOADED)
+        # The server has an environment already, and what is imported there has read it.
+        self.context = multiprocessing.get_context("spawn" if environment else "forkserver")
+        if not environment:
+            self.context.set_forkserver_preload(PRELOADED)
         self.process = self.connection = None
 
     def __call__(self, case) -> str:
@@ -79,16 +81,13 @@ class Worker:
 
     def _start(self) -> None:
         self.connection, theirs = self.context.Pipe()
-        arguments = (theirs, self.check, self.environment)
-        self.process = self.context.Process(target=serve, args=arguments, daemon=True)
-        path = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for the server, which preloads by it
-        try:
+        self.process = self.context.Process(target=serve, args=(theirs, self.check), daemon=True)
+        path = os.pathsep.join(filter(None, sys.path))  # for the server, which preloads by it
+        with unittest.mock.patch.dict(os.environ, self.environment | {"PYTHONPATH": path}):
             self.process.start()
-        finally:
-            os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
         theirs.close()
 
     def _command(self, case) -> str:
         module, name = self.check.__module__, self.check.__name__
-        return f"\n\nPYTHONPATH=.:tests python -c 'from {module} import *; {name}({case!r})'\n"
+        variables = "".join(f" {variable}={value}" for variable, value in self.environment.items())
+        return f"\n\nPYTHONPATH=.:tests{variables} python -c 'from {module} import *; {name}({case!r})'\n"
