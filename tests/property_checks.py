@@ -639,7 +639,7 @@ class PoolCall(Call):
         a = (relu(normed.z) if norm.relu else normed.z).stored(dtype)
         y = max_pool(a, *window)
         dy = relu_backward(dy, y) if norm.relu else dy
-        da = max_pool_backward(dy, a, *window, u).stored(dtype)
+        da = max_pool_backward(dy, a, x.value, *window, u).stored(dtype)
         dx, *parameters = batch_norm_backward(da, normed, gamma, norm.statistics != "given", u)
         results = {"y": y, "mean": normed.mean, "var": normed.var, "dx": dx.stored(dtype)}
         return self.wanted(results | self.parameter_gradients("", *parameters))

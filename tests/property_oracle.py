@@ -238,18 +238,21 @@ def max_pool(x: Approx, kernel, stride, padding) -> Approx:
     return Approx(windows(x.value, *window, -torch.inf).amax(0), windows(x.error, *window, 0.0).amax(0))
 
 
-def max_pool_backward(dy: Approx, x: Approx, kernel, stride, padding, u: float) -> Approx:
-    """The first maximum of a window takes its gradient; any that rounding may make the maximum takes it or not."""
+def max_pool_backward(dy: Approx, x: Approx, source: Tensor, kernel, stride, padding, u: float) -> Approx:
+    """The first maximum of a window takes its gradient; any that rounding may make the maximum takes it or not.
+
+    source: what x was computed of. Of pixels that are equal there the first is the maximum: they are rounded alike.
+    """
     window = (kernel, stride, padding)
     values, errors = windows(x.value, *window, -torch.inf), windows(x.error, *window, 0.0)
     first = values.max(0, keepdim=True)
-    # Equal values of one channel are rounded alike; the first of them is the maximum.
     chosen = (values == first.values).to(torch.int8).argmax(0, keepdim=True)
+    sources = windows(source, *window, torch.nan)
+    alike = sources == sources.gather(0, chosen)
     highest = values.gather(0, chosen) - errors.gather(0, chosen)
-    possible = (values + errors >= highest) & (values != first.values)
-    unclear = possible.any(0)
+    possible = (values + errors >= highest) & ~alike
+    possible |= alike & possible.any(0)
     at = torch.zeros_like(values).scatter_(0, chosen, 1.0)
-    possible = (possible | (values == first.values)) & unclear
     pixel = torch.arange(1, x.value.numel() + 1, dtype=torch.float64).view(x.value.shape)
     places = windows(pixel, *window, 0.0).long()  # 0 is outside the image
     value, error, magnitude = torch.zeros(3, x.value.numel() + 1, dtype=torch.float64)
