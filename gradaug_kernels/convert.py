@@ -6,12 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import adapter, is_slim
+from .channels import channels_out
 from .fuse import fuse
-from .nn import FastSlimConv2d, SlimBatchNorm2d, SlimLinear
-from .plan import LayerPlan, make_plan, swap
-from .width import check_width
-
-_HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name and "state_dict" not in name)
+from .nn import FastSlimConv2d, SlimBatchNorm2d, SlimLinear, carry_over_hooks
+from .plan import LayerPlan, Plan, make_plan, swap
+from .width import check_width, remember_layers
 
 
 def convert(
@@ -66,30 +65,41 @@ def convert(
         raise ValueError(f"divisor must be at least 1, got {divisor}")
     if _is_converted(model):
         return _add_widths(model, widths)
-    plan = make_plan(model, divisor, keep, example, lambda layer, found: _build(layer, found))
+    plan = make_plan(model, divisor, keep, example, _build)
     modules = dict(model.named_modules())
     layers = {name: _build(modules[name], found) for name, found in plan.items()}
     for name, layer in layers.items():
-        layer._reads = None if (reads := plan[name].reads) is None else (layers[reads[0]], reads[1])
-        layer._kept_whole = plan[name].kept
-        if isinstance(layer, SlimBatchNorm2d):
-            for width in widths:
-                layer.add_width(width)
-        elif isinstance(layer, FastSlimConv2d):
-            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+        _finish(layer, plan, layers, plan[name], widths)
+        if layer is not modules[name]:
+            carry_over_hooks(modules[name], layer)
     swap(model, {id(modules[name]): layer for name, layer in layers.items()})
     model = layers.get("", model)
+    remember_layers(model)
     return fuse(model, recompute) if fuse_chains else model
 
 
+def _finish(
+    layer: nn.Module, plan: Plan, layers: dict[str, nn.Module], own: LayerPlan, widths: Sequence[float]
+) -> None:
+    """What a layer has beside its namesake: statistics, its weight's layout, and what `summary` and checks ask for."""
+    described = None
+    if own.reads is not None:
+        source, inner = own.reads
+        described = (channels_out(layers[source]), plan[source].divisor, inner)
+        if inner > 1:
+            vars(layer)["_flattened"] = (layers[source], inner)
+    vars(layer).update(_input_channels=described, _kept_whole=own.kept)
+    if isinstance(layer, SlimBatchNorm2d):
+        for width in widths:
+            layer.add_width(width)
+    elif isinstance(layer, FastSlimConv2d):
+        layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+
+
 def _is_converted(model: nn.Module) -> bool:
-    """Whether all layers that have a width are of adjustable width."""
-    slim = [module for module in model.modules() if adapter(module).slim is not None]
-    return (
-        bool(slim)
-        and all(hasattr(module, "_kept_whole") for module in slim if is_slim(module))
-        and all(map(is_slim, slim))
-    )
+    """Whether all layers that could have a width have one, by `convert`."""
+    layers = [module for module in model.modules() if adapter(module).slim is not None]
+    return bool(layers) and all("_kept_whole" in vars(layer) for layer in layers)
 
 
 def _add_widths(model: nn.Module, widths: Sequence[float]) -> nn.Module:
@@ -97,8 +107,8 @@ def _add_widths(model: nn.Module, widths: Sequence[float]) -> nn.Module:
     new = sorted({width for norm in norms for width in widths if width not in norm.widths})
     if not new:
         raise ValueError(
-            f"model must have a plain layer or no statistics of one of the widths yet, got {type(model).__name__}, which "
-            "is already converted"
+            f"model must have layers that are not converted, got a {type(model).__name__} that is already converted; "
+            "converted again it takes new widths= for its batch norms"
         )
     for norm in norms:
         for width in new:
@@ -129,7 +139,7 @@ def _build(module: nn.Module, plan: LayerPlan) -> nn.Module:
     for name in slim._buffers:
         slim._buffers[name] = module._buffers[name]
     for name, value in vars(module).items():
-        if name in _HOOKS or name not in vars(slim):
+        if name not in vars(slim):  # what a user has set on it
             vars(slim)[name] = value
     slim.training = module.training
     return slim

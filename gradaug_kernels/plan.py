@@ -1,7 +1,8 @@
-"""What `convert` is to do with a network, decided before anything of it is changed, and tried on a copy without data."""
+"""What `convert` is to do with a network: decided before any of it is changed, and tried on a copy without data."""
 
 import functools
 import math
+import threading
 import time
 import types
 from collections.abc import Callable, Iterable
@@ -26,9 +27,11 @@ from .follow import (
     place_of_error,
     without_data,
 )
+from .fuse import _Fused
 from .nn import FastSlimConv2d, SlimBatchNorm2d, SlimLinear
 
 PROVEN_WIDTHS = (0.5, 0.7)  # each leaves every layer a channel, and odd numbers of them
+_LOCK = threading.Lock()  # the process has one state of Python's random numbers
 _SIZES = (224, 32, 28, 64, 299, 96, 128, 256, 160, 192, 48, 40, 24, 20, 16, 12, 10, 8, 6, 5, 4, 384, 320, 512)
 _SECONDS_OF_GUESSES = 2.0
 
@@ -70,7 +73,7 @@ def make_plan(model: nn.Module, divisor: int, keep: Iterable[str], example: Any,
         if reason := refused_model(module):
             raise ValueError(f"convert needs a plain model, got {describe(name)}, which {reason}")
     kept = _named(names, keep)
-    with UntouchedGenerators() as generators:
+    with _LOCK, UntouchedGenerators() as generators:
         run = _Followed(model, kept, divisor, None)
         try:
             run.follow(_examples(model, example), generators)
@@ -166,7 +169,7 @@ def _shadow(model: nn.Module) -> nn.Module:
         elif isinstance(value, Tensor):
             result = torch.empty_like(value, device="meta")
         elif isinstance(value, nn.Module):
-            result = object.__new__(kind)
+            result = object.__new__(kind._original if issubclass(kind, _Fused) else kind)  # with its own forward
             copies[id(value)] = (result, value)
             for key, attribute in vars(value).items():
                 hooks = key.endswith("_hooks") or key.startswith("_forward_hooks") or "_hooks_" in key
@@ -221,6 +224,7 @@ class _Followed:
         self.kept: dict[str, str] = {}  # sources that are kept whole -> why
         self.groups: list[tuple[str, str]] = []  # a source and the grouped convolution that reads it
         self.reads: dict[str, tuple[str, int] | None] = {}
+        self.padded: set[str] = set()  # layers that read channels with zeros behind them
         self.refused: dict[str, str] = {}  # layers that are called and have no counterpart -> the reason and the place
         self.records: dict[tuple, list] = {}
         self.outputs: dict[tuple, list] = {}
@@ -270,7 +274,7 @@ class _Followed:
                 ) from None
             except _Shapes as error:
                 raise ValueError(
-                    f"convert cannot follow {type(self.model).__name__} where the values of tensors decide, got: {error}"
+                    f"convert cannot follow {type(self.model).__name__} where values of tensors decide, got: {error}"
                 ) from None
 
     def _run(self, arguments: tuple, training: bool, answer, generators, narrow: dict | None = None):
@@ -322,6 +326,8 @@ class _Followed:
         elif before is not now:
             follower.mix({(before or now)[0]}, "reads, in two calls, values of fixed size and")
         if isinstance(found, Channels):
+            if found.padded:
+                self.padded.add(name)
             if found.inner != 1 and not is_linear:
                 follower.mix({found.source}, "reads, flattened,")
             if found.padded and is_linear and found.inner != 1:
@@ -378,7 +384,7 @@ class _Followed:
             if slim is None:
                 continue
             root, reads = self.classes.find(name), self.reads.get(name)
-            if reads is not None and self.classes.find(reads[0]) in self._kept_roots:
+            if name in self.padded or (reads is not None and self.classes.find(reads[0]) in self._kept_roots):
                 reads = None
             kept = ""
             if slim is SlimBatchNorm2d:
@@ -529,8 +535,6 @@ def _handlers(run: _Followed, follower: Follower, narrow: bool):
         else:
             stand_in = _STAND_INS[found.slim](run, follower, name, module, narrow)
         module.forward = stand_in
-        if is_slim(module):  # a fused chain calls a layer with hooks as a module
-            module._forward_hooks[0] = _no_hook
     if narrow:
         for name, module in run.replaced.items():
             before.append((module, vars(module).get("forward")))
@@ -543,10 +547,6 @@ def _handlers(run: _Followed, follower: Follower, narrow: bool):
                 vars(module).pop("forward", None)
             else:
                 module.forward = forward
-
-
-def _no_hook(*_):
-    return None
 
 
 def _outside(name: str):
@@ -669,7 +669,8 @@ def _batch_norm(run: _Followed, follower: Follower, name: str, module: nn.BatchN
             raise RuntimeError(f"expected an input of 4 dimensions, got shape {tuple(x.shape)}")
 
         def make(x):
-            if (narrow and x.shape[1] > module.num_features) or (not narrow and x.shape[1] != module.num_features):
+            fits = x.shape[1] <= module.num_features if narrow else x.shape[1] == module.num_features
+            if not fits:
                 raise RuntimeError(f"expected an input with {module.num_features} channels, got {x.shape[1]}")
             return torch.empty_like(x, device="meta")
 

@@ -77,7 +77,8 @@ def relative_error(model: nn.Module, sliced: nn.Module, inputs: tuple, width: fl
             stack.callback(module.register_forward_hook(mask_output).remove)
         expected = model(*inputs)
     pairs = list(zip(tensors(actual), tensors(expected), strict=True))
-    assert pairs and all(a.shape == b.shape for a, b in pairs)
+    assert pairs
+    assert all(a.shape == b.shape for a, b in pairs)
     return max(((a - b).norm() / b.norm().clamp(min=1e-30)).item() for a, b in pairs)
 
 
