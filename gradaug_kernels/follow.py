@@ -700,7 +700,7 @@ class Follower(TorchDispatchMode):
             raise Differs("computes more than at width 1")
         func, origins, constants, results = self.expected[step]
         if func != entry[0] or origins != entry[1] or len(results) != len(outs):
-            raise Differs("computes something else than at width 1")
+            raise Differs(f"computes something else than at width 1 ({entry[0]} in place of {func})")
         if not _equal(constants, entry[2]):
             raise Differs(f"computes with a number that depends on the number of channels ({func})")
         known = []

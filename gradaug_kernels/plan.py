@@ -372,10 +372,10 @@ class _Followed:
                     f"convert must see every layer of a model with branches that depend on values, got '{name}', which "
                     "no branch reached; keep= may name it"
                 )
-        if not any(found.slim not in (None, SlimBatchNorm2d) for found in self.adapters.values()):
+        if not any(self.adapters[name].slim not in (None, SlimBatchNorm2d) for name in called | self.keep):
             raise ValueError(
                 "convert needs a network with nn.Conv2d or nn.Linear layers, "
-                f"got {type(self.model).__name__} without any"
+                f"got {type(self.model).__name__} without any that it calls as a child"
             )
         divisors = self._divisors()
         plan = {}
@@ -595,9 +595,9 @@ def _convolution(run: _Followed, follower: Follower, name: str, module: nn.Conv2
         position = x.dim() - 3
 
         def make(x):
-            if narrow:
-                return type(module).forward(module, x)
-            return torch.empty(_convolved(module, x.shape), device="meta", dtype=x.dtype)
+            shape = type(module).forward(module, x).shape if narrow else _convolved(module, x.shape)
+            layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format  # as of a converted layer
+            return torch.empty(shape, device="meta", dtype=x.dtype, memory_format=layout)
 
         def dimensions(found: Dimensions) -> Dimensions:
             source = found[position]
