@@ -132,8 +132,12 @@ def _classes(graph, layers):
 
 def _keeps_channels(index) -> bool:
     """Whether x[index] of x [N, C, H, W] has the first channels of x, as x[:, :, ::2, ::2] and unlike x.shape[1]."""
-    return isinstance(index, tuple) and (
-        len(index) < 2 or (isinstance(index[1], slice) and index[1].start in (None, 0) and index[1].step in (None, 1))
+    if not isinstance(index, tuple):
+        return isinstance(index, slice) or index is Ellipsis
+    if len(index) < 2 or index[0] is Ellipsis:
+        return True
+    return index[1] is Ellipsis or (
+        isinstance(index[1], slice) and index[1].start in (None, 0) and index[1].step in (None, 1)
     )
 
 

@@ -49,7 +49,8 @@ class Value(NamedTuple):
 
     dimensions: Dimensions
     sources: frozenset[str]  # whose channels went into it, with no layer in between, and cannot be told apart any more
-    origin: int | str | None  # the number of the operator that made it, or the name of a parameter
+    origin: tuple[int, int] | str | None  # the operator that made it and which of its results, or a parameter's name
+    is_noise: bool = False  # made of random numbers alone
 
 
 class Use(NamedTuple):
@@ -170,7 +171,7 @@ class _Call(NamedTuple):
         return self.operands[0][1].dimensions
 
 
-_KEEP_ZERO = ("relu", "relu_", "add", "add_", "sub", "sub_", "clone", "detach", "alias", "_to_copy", "copy_")
+_KEEP_ZERO = ("relu", "relu_", "add", "add_", "sub", "sub_", "_to_copy", "copy_")
 
 
 def _pointwise(call: _Call) -> Dimensions:
@@ -345,6 +346,19 @@ def _expand(call: _Call) -> Dimensions:
     return ((UNIFORM,) * added) + tuple(kept)
 
 
+def _index(call: _Call) -> Dimensions:
+    dimensions, indices = call.first, list(call.get("indices"))
+    picked = [p for p, index in enumerate(indices) if index is not None]
+    sources = [d for _, value in call.operands[1:] for d in value.dimensions]
+    if any(isinstance(d, Channels) for d in sources) or any(indices[p].dtype == torch.bool for p in picked):
+        raise _Mixes("picks by index")
+    _refuse_over(dimensions, picked, "picks by index")
+    added = (None,) * (call.out.dim() - len(dimensions) + len(picked))
+    kept = [d for p, d in enumerate(dimensions) if p not in picked]
+    at = picked[0] if picked[-1] - picked[0] == len(picked) - 1 else 0
+    return (*kept[:at], *added, *kept[at:])
+
+
 def _repeat(call: _Call) -> Dimensions:
     size, dimensions, repeats = call.sizes[0], call.first, call.get("repeats")
     added = len(repeats) - len(size)
@@ -420,7 +434,7 @@ def _rules() -> dict[str, Callable[[_Call], Dimensions]]:
     def add(rule, names: str) -> None:
         table.update(dict.fromkeys(names.split(), rule))
 
-    add(_pointwise, "clone detach alias lift_fresh _to_copy contiguous copy_ native_dropout bernoulli bernoulli_ fill_")
+    add(_pointwise, "_to_copy copy_ native_dropout bernoulli bernoulli_ fill_")
     add(_pointwise, "zero_ uniform_ normal_ _prelu_kernel masked_fill masked_fill_ where log_sigmoid_forward rrelu_")
     add(_pointwise, "hardswish hardswish_ hardsigmoid hardsigmoid_ mish mish_ silu silu_ gelu gelu_ elu elu_ celu selu")
     add(_pointwise, "leaky_relu leaky_relu_ softplus threshold threshold_ softshrink hardshrink celu_ selu_ relu6")
@@ -447,6 +461,7 @@ def _rules() -> dict[str, Callable[[_Call], Dimensions]]:
     add(_unsqueeze, "unsqueeze")
     add(_squeeze, "squeeze")
     add(_expand, "expand")
+    add(_index, "index _unsafe_index")
     add(_repeat, "repeat")
     add(_view, "view _unsafe_view _reshape_alias _reshape_copy")
     return table
@@ -479,6 +494,9 @@ _SIZED = set(
         "linspace",
     ]
 )
+_RANDOM = {"bernoulli", "bernoulli_", "rand", "randn", "rand_like", "randn_like", "uniform_", "normal_"}
+_COPIES = {"clone", "contiguous", "alias", "detach", "lift_fresh"}
+_VIEWS = dict.fromkeys(("view", "_unsafe_view", "_reshape_alias", "_reshape_copy"), "view")
 _MIXING = {
     "convolution": "reads, in a convolution that is no nn.Conv2d layer,",
     "mm": "multiplies, as a matrix,",
@@ -493,7 +511,6 @@ _MIXING = {
     "_native_batch_norm_legit": "normalises with statistics or parameters of fixed size",
     "native_batch_norm": "normalises with statistics or parameters of fixed size",
     "_native_batch_norm_legit_no_training": "normalises with statistics or parameters of fixed size",
-    "index": "picks by index",
     "index_select": "picks by index",
     "gather": "picks by index",
     "pixel_shuffle": "rearranges, by a pixel shuffle,",
@@ -574,11 +591,6 @@ class Follower(TorchDispatchMode):
             found = found._replace(dimensions=tuple(None if d == UNIFORM else d for d in found.dimensions))
         return found
 
-    def set(self, tensor: Tensor, dimensions: Dimensions, sources: frozenset[str] = frozenset()) -> None:
-        """Remember what is known of a tensor, after a look at whether it is so in the run at full width."""
-        self._alive.append(tensor)
-        self._values[id(tensor)] = Value(dimensions, sources, len(self.record))
-
     def meet(self, a: Channels, b: Channels, name: str) -> Channels:
         """The channels of the result where two dimensions with channels meet."""
         if a.inner != b.inner:
@@ -607,7 +619,7 @@ class Follower(TorchDispatchMode):
             return func(*args, **kwargs)
         rule = _rule(func)
         name = func._overloadpacket.__name__
-        if rule is None and name not in _MIXING:
+        if rule is None and name not in _MIXING and name not in _COPIES:
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -629,12 +641,20 @@ class Follower(TorchDispatchMode):
         out = operands[0] if alone else func(*args, **kwargs)  # in place, and the same shape, without the call
         outs = [leaf for leaf in _leaves((out,), {}) if isinstance(leaf, Tensor)]
         constants = () if name in _SIZED else tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
-        entry = (func, tuple(value.origin for value in values), constants)
+        if name in _COPIES:  # whether there is one depends on the memory format
+            for tensor in outs:
+                self._alive.append(tensor)
+                self._values[id(tensor)] = values[0]
+            return out
+        labelled = [d for value in values for d in value.dimensions if isinstance(d, Channels)]
+        noise = not labelled and (name in _RANDOM or any(value.is_noise for value in values))
+        if noise:
+            constants = ()  # DropBlock divides by the mean of what it has drawn, over all channels
+        entry = (_VIEWS.get(name, func), tuple(value.origin for value in values), constants)
         if self.expected is not None:
-            return self._compare(entry, outs, out)
+            return self._compare(entry, outs, out, noise)
 
         sources = frozenset().union(*(value.sources for value in values))
-        labelled = [d for value in values for d in value.dimensions if isinstance(d, Channels)]
         call = _Call(self, func, args, kwargs, list(zip(operands, values, strict=True)), sizes, out)
         if rule is None or (not operands and rule is not _creates):
             if labelled:
@@ -650,9 +670,9 @@ class Follower(TorchDispatchMode):
                 self.mix(mixed, str(error))
                 sources |= mixed
                 dimensions = None
-        in_place = bool(operands) and outs and any(out is operand for out in outs for operand in operands)
-        if in_place:
-            self._write(operands[0], values[0], dimensions)
+        for operand, value in zip(operands, values, strict=True):
+            if any(operand is written for written in outs):
+                self._write(operand, value, dimensions)
         known = []
         for tensor in outs:
             fits = dimensions is not None and len(dimensions) == tensor.dim()
@@ -663,7 +683,7 @@ class Follower(TorchDispatchMode):
                 sources |= mixed
         for i, (tensor, found) in enumerate(zip(outs, known, strict=True)):
             self._alive.append(tensor)
-            self._values[id(tensor)] = Value(found, sources, (len(self.record), i))
+            self._values[id(tensor)] = Value(found, sources, (len(self.record), i), noise)
         self._append(entry, outs, known)
         return out
 
@@ -694,7 +714,7 @@ class Follower(TorchDispatchMode):
 
     # -- a narrow run beside the one at full width
 
-    def _compare(self, entry, outs, out):
+    def _compare(self, entry, outs, out, is_noise):
         step = len(self.record)
         if step >= len(self.expected):
             raise Differs("computes more than at width 1")
@@ -707,7 +727,7 @@ class Follower(TorchDispatchMode):
         for i, (tensor, (shape, dimensions)) in enumerate(zip(outs, results, strict=True)):
             self.check_sizes(tensor.shape, shape, dimensions)
             self._alive.append(tensor)
-            self._values[id(tensor)] = Value(dimensions, frozenset(), (step, i))
+            self._values[id(tensor)] = Value(dimensions, frozenset(), (step, i), is_noise)
             known.append(dimensions)
         self._append(entry, outs, known)
         return out
@@ -737,7 +757,7 @@ class Follower(TorchDispatchMode):
             self._inside = False
         entry = (f"layer {name}", (value.origin,), ())
         if self.expected is not None:
-            return self._compare(entry, [out], out)
+            return self._compare(entry, [out], out, False)
         known = dimensions(value.dimensions)
         self._alive.append(out)
         self._values[id(out)] = Value(known, frozenset(), (len(self.record), 0))

@@ -146,10 +146,10 @@ def _guesses(model: nn.Module) -> Iterable[tuple]:
         return
     space = len(first.kernel_size)
     channels = first.in_channels
-    start = time.perf_counter()
+    start = time.thread_time()
     for size in dict.fromkeys((*_SIZES, *range(1, 65), *range(72, 513, 8))):
         yield (torch.empty(2, channels, *[size] * space, device="meta", dtype=dtype),)
-        if time.perf_counter() - start > _SECONDS_OF_GUESSES:
+        if time.thread_time() - start > _SECONDS_OF_GUESSES:
             return
 
 
@@ -225,7 +225,6 @@ class _Followed:
         self.groups: list[tuple[str, str]] = []  # a source and the grouped convolution that reads it
         self.reads: dict[str, tuple[str, int] | None] = {}
         self.padded: set[str] = set()  # layers that read channels with zeros behind them
-        self.refused: dict[str, str] = {}  # layers that are called and have no counterpart -> the reason and the place
         self.records: dict[tuple, list] = {}
         self.outputs: dict[tuple, list] = {}
         self.called: list[str] = []
@@ -292,7 +291,7 @@ class _Followed:
             try:
                 with follower:
                     outputs = self.shadow(*arguments)
-            except (Stopped, Differs):
+            except (Stopped, Differs, _Refused):
                 raise
             except Exception as error:  # anything a user's forward can raise
                 message = str(error).strip().split("\n")[0] or type(error).__name__
@@ -349,9 +348,6 @@ class _Followed:
     def decide(self, is_traced: bool) -> Plan:
         sliced = {name for name, found in self.adapters.items() if found.slim is not None}
         called = set(self.called)
-        for name, reason in self.refused.items():
-            if name not in self.keep:
-                raise ValueError(f"convert needs layers that can be sliced, got {_kind(self.layers[name])} at {reason}")
         for name in self.called:
             module = self.layers[name]
             if name in sliced and not isinstance(module, nn.BatchNorm2d):
@@ -477,6 +473,10 @@ class _Followed:
                     )
 
 
+class _Refused(ValueError):
+    """A layer that cannot be sliced is called."""
+
+
 class _Shapes(Exception):
     """The network's own code failed in a run without data."""
 
@@ -507,15 +507,14 @@ def _set_modes(model: nn.Module, shadow: nn.Module, training: bool):
             module.training = mode
 
 
-def _output_leaves(outputs) -> list:
-    leaves, found = [], []
+def _output_leaves(outputs, seen: tuple = ()) -> list:
+    """Tensors and plain values of what a model returned, those among the attributes of objects too."""
+    found = []
     for leaf in tree_leaves(outputs):
-        leaves.append(leaf)
-    for leaf in leaves:
         if isinstance(leaf, Tensor | str | int | float | bool | type(None) | torch.Size | torch.dtype | torch.device):
             found.append(leaf)
-        elif hasattr(leaf, "__dict__"):
-            found += _output_leaves(list(vars(leaf).values()))
+        elif hasattr(leaf, "__dict__") and not any(leaf is other for other in seen):
+            found += _output_leaves(list(vars(leaf).values()), (*seen, leaf))
         else:
             raise ValueError(f"convert must see the outputs of the model, got one of type {type(leaf).__name__}")
     return found
@@ -574,8 +573,8 @@ def _opaque(run, follower, name, module, reason, makes_channels):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         labelled = {d.source for t in tensors for d in follower.value(t).dimensions if isinstance(d, Channels)}
         where = f"{describe(name)}: {reason}"
-        if makes_channels:
-            run.refused.setdefault(name, where)
+        if makes_channels and name not in run.keep:
+            raise _Refused(f"convert needs layers that can be sliced, got {_kind(module)} at {where}")
         if labelled and follower.expected is None:
             follower.mix(labelled, f"has {_kind(module)} at {where}, reading", is_output=False)
         follower._inside = True
