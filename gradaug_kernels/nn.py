@@ -258,6 +258,7 @@ class SlimLinear(nn.Linear):
     """
 
     _accumulating = None  # an Accumulating, inside AccumulateIntoGrad
+    _flattened = None  # (layer whose channels are flattened in the input, pixels of each), where convert found them
 
     def __init__(self, *args, divisor: int = 1, slim_out: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
@@ -282,6 +283,13 @@ class SlimLinear(nn.Linear):
             raise ValueError("input must be [..., F], got a number")
         if self._is_full and input.shape[-1] != self.in_features:
             raise ValueError(f"input must have {self.in_features} features at width 1, got {input.shape[-1]}")
+        if self._flattened is not None:
+            source, pixels = self._flattened
+            if input.shape[-1] != source._out.shape[0] * pixels:
+                raise ValueError(
+                    f"input must have {source._out.shape[0]} channels of {pixels} pixels, as at width 1, got "
+                    f"{input.shape[-1]} features"
+                )
         out_features = self._out.shape[0]
         weight, bias, weight_grad = _parameters(self)
         return slim_linear(input, weight, bias, out_features, weight_grad)

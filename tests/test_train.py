@@ -517,11 +517,18 @@ def test_tune_without_a_gpu(capsys):
 
 def test_info_of_a_model(capsys):
     assert main(["info", "--json", "--model", "torchvision/resnet18"]) == 0
-    chains = json.loads(capsys.readouterr().out)["chains"]
+    info = json.loads(capsys.readouterr().out)
+    chains = info["chains"]
+    assert info["layers"][0] == {
+        **{"name": "conv1", "kind": "FastSlimConv2d", "channels": [[3, 64], [3, 32]]},
+        **{"is_sliced": True, "whole": ""},
+    }
     assert chains["layer1.0.bn2"] == "batch_norm + add + relu"
     assert chains["layer2.0.downsample.1"] == "batch_norm"
     assert main(["info", "--model", "cifar_resnet"]) == 0
-    assert "layer1.0.bn1" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "layer1.0.bn1" in table
+    assert "64 -> 10  32 -> 10  its output leaves the network" in table
     assert main(["info", "--model", "cifar_resnt"]) == 2
     assert 'the nearest is "cifar_resnet"' in capsys.readouterr().err
 
