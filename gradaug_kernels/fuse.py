@@ -6,6 +6,7 @@ and max pooling that follow each other as one chain (chain.py). Nothing else of 
 subclass of what it was, its children, parameters, state_dict and hooks are the same.
 """
 
+import copy
 import math
 import operator
 from collections.abc import Iterator
@@ -90,6 +91,12 @@ def _fuse_module(module: nn.Module, recompute: bool) -> None:
 
 class _Fused:
     """Mixed into the class of a module with a rewritten forward, which is made again by copies and pickles."""
+
+    def __deepcopy__(self, memo):
+        # Of the same class, as torch.func.stack_module_state wants it.
+        memo[id(self)] = copied = self.__class__.__new__(self.__class__)
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def __reduce_ex__(self, protocol):
         return _rebuild, (self._original, self.__dict__)

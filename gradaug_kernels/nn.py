@@ -293,7 +293,8 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
     def _record(self, shape: torch.Size, mean: Tensor, var: Tensor) -> None:
         """Update the running statistics of this width, if it has some, with those of a batch of that shape."""
         values_per_channel = shape[0] * shape[2] * shape[3]
-        if self.training and self._statistics is not None and values_per_channel > 0:
+        recorded = self.training and self.track_running_stats and self._statistics is not None
+        if recorded and values_per_channel > 0:
             running = (self._buffers[name] for name in self._statistics)
             slim_batch_norm_record_(*running, mean, var, values_per_channel, self.momentum)
             self._uncalibrated.discard(self._slim_width)
