@@ -1,19 +1,22 @@
-"""Draws the README's figures from the rows of one folder: `python -m benchmarks.plot [FOLDER]`.
+"""Draws the figures of README.md and docs/ from the rows of one folder: `python -m benchmarks.plot [FOLDER]`.
 
-Writes step.png, layers.png, throughput.png and memory.png beside the CSV files, each if there are rows for it. Of rows
-that measure the same thing the last one counts, beside eager in its own run, and of several devices the one that was
-measured last; what ours did behind a red gate is not drawn.
+Writes step.png, layers.png, throughput.png and memory.png, each if there are rows for it: those of the committed rows
+into docs/results, those of another folder beside its CSV files. Of rows that measure the same thing the last one
+counts, beside eager in its own run, and of several devices the one that was measured last; what ours did behind a red
+gate is not drawn.
 """
 
 import argparse
 import csv
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
+FIGURES = Path(__file__).parent.parent / "docs" / "results"
 COLOURS = {"ours": "#c23b22", "recompute": "#e39b8f", "eager": "#9a9a9a", "compile": "#4b7bab", "eager8": "#d4b15f"}
 OP_COLOURS = {
     "slim_conv2d": "#c23b22",
@@ -30,14 +33,16 @@ Rows = list[dict[str, str]]
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description="draw the rows of a folder")
     parser.add_argument("folder", type=Path, nargs="?", default=RESULTS)
-    for path in draw_all(parser.parse_args(arguments).folder):
+    folder = parser.parse_args(arguments).folder
+    for path in draw_all(folder, FIGURES if folder == RESULTS else folder):
         print(path)
     return 0
 
 
-def draw_all(folder: Path) -> list[Path]:
-    """The figures that the rows in folder/*.csv allow; their paths."""
+def draw_all(folder: Path, out: Path) -> list[Path]:
+    """The figures that the rows in folder/*.csv allow, written to `out`; their paths."""
     rows = read_rows(folder)
+    out.mkdir(parents=True, exist_ok=True)
     written = []
     for name, bench, draw in (
         ("step", "step", draw_step),
@@ -49,25 +54,35 @@ def draw_all(folder: Path) -> list[Path]:
         if chosen:
             device = max(chosen, key=lambda row: row["date"])["device"]
             chosen = [row for row in chosen if row["device"] == device]
-            written.append(folder / f"{name}.png")
+            written.append(out / f"{name}.png")
             draw(chosen).savefig(written[-1], dpi=150, bbox_inches="tight")
     return written
 
 
 def read_rows(folder: Path) -> Rows:
     """The last row of each thing measured; of each, what eager had in the same run, as eager_<field>."""
-    latest: dict[tuple, tuple[dict[str, str], tuple]] = {}
-    eager: dict[tuple, dict[str, str]] = {}
+    latest: dict[tuple, dict[str, str]] = {}
+    eager: dict[tuple, Rows] = {}
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 key = tuple(row[name] for name in ("bench", "case", "provider", "dtype", "device", "threads", "width"))
-                run = tuple(row[name] for name in ("bench", "case", "dtype", "width", "date"))
                 if row["provider"] == "eager":
-                    eager[run] = {f"eager_{name}": value for name, value in row.items()}
-                latest[key] = row, run
-    rows = [row | eager.get(run, {}) for row, run in latest.values()]
+                    eager.setdefault(_measured(row), []).append(row)
+                latest[key] = row
+    rows = [row | _beside(row, eager.get(_measured(row), [])) for row in latest.values()]
     return [row for row in rows if row["gate"] != "red"]
+
+
+def _measured(row: dict[str, str]) -> tuple[str, ...]:
+    return tuple(row[name] for name in ("bench", "case", "dtype", "width", "device", "threads", "commit"))
+
+
+def _beside(row: dict[str, str], eager: Rows) -> dict[str, str]:
+    """eager_<field> of the same run: the row written nearest in time, which may be in another second."""
+    date = datetime.fromisoformat(row["date"])
+    near = min(eager, key=lambda other: abs(datetime.fromisoformat(other["date"]) - date), default={})
+    return {f"eager_{name}": value for name, value in near.items()}
 
 
 def draw_step(rows: Rows) -> Figure:

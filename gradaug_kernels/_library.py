@@ -11,10 +11,12 @@ gradaug::<operator>_cuda_cpp, where `cuda_cpp_kernel` finds it. GRADAUG_CUDA say
 """
 
 import functools
-import importlib
+import importlib.machinery
+import importlib.util
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack, has_torch_function
 from torch.utils._device import DeviceContext
 from torch.utils.flop_counter import register_flop_formula
+
+from ._sources import digest
 
 _LIBRARY = torch.library.Library("gradaug", "DEF")
 _BACKENDS: dict[
@@ -302,37 +306,106 @@ def is_composed(name: str, device: str) -> bool:
     return _BACKENDS.get(name, {}).get(device, "composite") == "composite"
 
 
+@functools.cache
 def build_config() -> dict:
-    """What setup.py decided and printed: torch and CUDA versions, flags, targets. Empty where nothing was built."""
-    path = Path(__file__).with_name("_build.json")
-    return json.loads(path.read_text()) if path.exists() else {}
+    """What setup.py decided and printed: torch and CUDA versions, flags, targets. Empty where nothing was built.
+
+    "folder" is where the libraries are: beside this file, or, in a clone whose own do not fit, or that has none, where
+    the package is installed with libraries of the clone's native sources.
+    """
+    own = Path(__file__).parent
+    installed = [Path(entry, "gradaug_kernels") for entry in sys.path] if _clone_sources() else []
+    found = []
+    for folder in (own, *installed):
+        if (folder / "_build.json").exists():
+            found.append({**json.loads((folder / "_build.json").read_text()), "folder": str(folder)})
+            if _fits(found[-1]):
+                return found[-1]
+    return found[0] if found and found[0]["folder"] == str(own) else {}
 
 
 def load_native() -> None:
     """Import the native libraries that were built. Called once, before the first operator is defined.
 
+    Where none were, or only some, the references serve every operator, and one warning says so.
+
     Raises:
-        ImportError: if they were built against another torch than the one imported.
+        ImportError: if they were built against another torch than the one imported, or cannot be loaded.
     """
     config = build_config()
-    if not config.get("cpu"):
+    if config and not config["cpu"]:
         return
-    built, found = (".".join(version.split(".")[:2]) for version in (config["torch"], torch.__version__))
-    if built != found:
+    folder = Path(config.get("folder", Path(__file__).parent))
+    names = _library_names(config)
+    missing = [_library_path(folder, name).name for name in names if not _library_path(folder, name).exists()]
+    if not config or missing:
+        warnings.warn(
+            f"gradaug_kernels runs on its PyTorch references, which are slow: {folder} has no "
+            f"{', '.join(missing) or '_build.json'}; run `pip install -e .` in the folder of its sources",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return
+    in_place = _clone_sources() and folder == Path(__file__).parent
+    mend = "pip install --no-deps -e ." if in_place else "pip install --no-deps --force-reinstall ."
+    if _release(config["torch"]) != _release(torch.__version__):
         raise ImportError(
             f"gradaug_kernels was built against torch {config['torch']}, but torch {torch.__version__} is imported; "
-            "run `pip install --no-build-isolation --no-deps --force-reinstall .` in its source folder"
+            f"run `{mend}` in the folder of its sources"
         )
-    # A CUDA library needs libtorch_cuda, which a CPU build of the same torch release does not have.
-    with_cuda = config["cuda"] and torch.version.cuda and cuda_choice() != "reference"
-    for name in ("_autograd", "_cpu", "_cuda") if with_cuda else ("_autograd", "_cpu"):
+    if in_place and config.get("sources") != _clone_sources():
+        warnings.warn(
+            f"gradaug_kernels' libraries in {folder} are of other sources than csrc/ has now; "
+            "run `python setup.py build_ext --inplace`",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    for name in names:
         try:
-            importlib.import_module(f"gradaug_kernels.{name}")
+            _import_library(f"gradaug_kernels.{name}", _library_path(folder, name))
         except ImportError as error:
             raise ImportError(
                 f"gradaug_kernels.{name} was built for torch {config['torch']} but cannot be loaded ({error}); "
-                "run `pip install .` again in the folder of gradaug_kernels' sources"
+                f"run `{mend}` in the folder of its sources"
             ) from error
+
+
+def _fits(config: dict) -> bool:
+    """Whether libraries are for this Python and torch and, in a clone, of its sources."""
+    if not config["cpu"]:
+        return True
+    there = all(_library_path(Path(config["folder"]), name).exists() for name in _library_names(config))
+    same_sources = _clone_sources() in (None, config.get("sources"))
+    return there and same_sources and _release(config["torch"]) == _release(torch.__version__)
+
+
+def _library_names(config: dict) -> tuple[str, ...]:
+    # A CUDA library needs libtorch_cuda, which a CPU build of the same torch release does not have.
+    with_cuda = config.get("cuda") and torch.version.cuda and cuda_choice() != "reference"
+    return ("_autograd", "_cpu", "_cuda") if with_cuda else ("_autograd", "_cpu")
+
+
+def _library_path(folder: Path, name: str) -> Path:
+    return folder / f"{name}{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+
+
+def _release(version: str) -> tuple[str, ...]:
+    """What two versions of torch must share for one to load the other's libraries: ("2", "14")."""
+    return tuple(version.split(".")[:2])
+
+
+@functools.cache
+def _clone_sources() -> str | None:
+    """The digest of the native sources beside the package, None where it is installed without them."""
+    csrc = Path(__file__).parent.parent / "csrc"
+    return digest(csrc) if (csrc / "module.cpp").exists() else None
+
+
+def _import_library(name: str, path: Path) -> None:
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[name] = module
 
 
 def _in_cpp(op: torch._ops.OpOverload) -> Callable | None:

@@ -82,6 +82,7 @@ def conv_cases() -> list[ConvCase]:
         pointwise("1x1 with stride 2", 2, (9, 8), (13, 21), stride=(2, 2)),
         pointwise("1x1 with padding", 2, (4, 5), (6, 5), padding=(1, 2), bias=True),
         pointwise("1x1 with a stride of 3 rows", 1, (8, 7), (5, 9), stride=(3, 1)),
+        pointwise("1x1 with stride 2 and padding 1", 2, (6, 7), (16, 18), stride=(2, 2), padding=one),
         pointwise("1x1 on NCHW", 2, (6, 5), (17, 15), x_layout="nchw", weight_format=NCHW),
         pointwise("1x1 on one pixel", 1, one, (33, 18), bias=True),
         ConvCase("3x3", 2, (9, 8), (13, 29)),
@@ -102,6 +103,7 @@ def conv_cases() -> list[ConvCase]:
         ConvCase("3x3 on swapped rows and columns", 2, (6, 7), (8, 9), x_layout="swapped"),
         ConvCase("3x5 with asymmetric geometry", 2, (9, 10), (6, 7), (3, 5), (2, 1), (1, 3), (1, 2)),
         ConvCase("2x2 with stride 3", 1, (8, 9), (4, 5), (2, 2), (3, 3), none),
+        ConvCase("3x1 with stride 3 and padding 2", 1, (8, 9), (5, 33), (3, 1), (2, 3), (1, 2)),
         ConvCase("7x7 stem", 1, (17, 15), (3, 20), (7, 7), (2, 2), (3, 3), wider=(0, 4)),
         ConvCase("3x3 of an empty batch", 0, (5, 5), (6, 8), bias=True),
         pointwise("1x1 of an empty batch", 0, (5, 5), (6, 8)),
@@ -116,6 +118,7 @@ def conv_cases() -> list[ConvCase]:
         depthwise("depthwise 5x5, stride 2", 2, (11, 9), 16, kernel=(5, 5), padding=(2, 2), stride=(2, 2)),
         depthwise("depthwise of 129 channels", 1, (3, 4), 129),
         depthwise("depthwise with dilation", 1, (9, 9), 7, padding=(2, 2), dilation=(2, 2)),
+        depthwise("depthwise with dilation 2 and padding 1", 2, (13, 10), 19, dilation=(2, 2)),
         depthwise("depthwise on NCHW with OIHW", 2, (6, 5), 19, x_layout="nchw", weight_format=NCHW),
         depthwise("depthwise on a channel slice", 2, (6, 5), 19, x_layout="wide"),
         depthwise("depthwise of a weight with more inputs", 1, (6, 5), 6, wider=(2, 2)),
@@ -139,6 +142,7 @@ def conv_cases() -> list[ConvCase]:
         ConvCase("3 groups of 8 channels", 2, (7, 6), (24, 24), groups=3, wider=(2, 8), x_layout="wide"),
         ConvCase("5x5 in 6 groups of 4 channels", 1, (7, 8), (24, 24), (5, 5), padding=(2, 2), groups=6),
         ConvCase("3 groups of 16 channels, dilation 2", 1, (7, 6), (48, 48), (3, 3), one, (2, 2), (2, 2), 3),
+        ConvCase("4 groups of 4 channels, dilation 3", 1, (9, 11), (16, 16), (3, 2), (2, 1), (2, 1), (3, 2), 4),
         ConvCase("groups of an empty batch", 0, (7, 6), (16, 16), groups=4),
     ]
 

@@ -105,7 +105,7 @@ def test_memory_counts_the_whole_process_too(results):
 
 
 def test_figures_are_drawn(results):
-    names = {path.name for path in plot.draw_all(results[0])}
+    names = {path.name for path in plot.draw_all(results[0], results[0])}
     assert names == {"step.png", "memory.png", "layers.png", "throughput.png"}
 
 

@@ -239,16 +239,6 @@ def test_gradients_of_the_function():
     assert torch.equal(dweight, weight_grad(case, x.detach(), dy, torch.zeros_like(weight)))
 
 
-def test_second_derivative_raises():
-    x, weight, _ = CASES[0].tensors(torch.float64)
-    x, weight = x.requires_grad_(), weight.nan_to_num().requires_grad_()
-    y = forward(CASES[0], x, weight, None)
-    for wrt in (x, weight):
-        (grad,) = torch.autograd.grad(y.square().sum(), wrt, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiable once"):
-            grad.sum().backward(retain_graph=True)
-
-
 @with_cases(CASES[::5])
 def test_opcheck(case):
     x, weight, bias = (None if t is None else t.nan_to_num() for t in case.tensors(torch.float32))
@@ -373,6 +363,56 @@ def test_weight_gradient_of_odd_batches(batch, channels, kernel, stride):
     torch.testing.assert_close(weight[:17, :channels].double(), exact, rtol=0, atol=bound)
     assert not weight[17:].any()
     assert not weight[:, channels:].any()
+
+
+def geometries() -> list[tuple[tuple[int, ...], ...]]:
+    """kernel, stride, padding, dilation of one axis: paddings in every residue class of stride and dilation."""
+    return [
+        (kernel, stride, padding, dilation)
+        for kernel in (1, 2, 3)
+        for stride in (1, 2, 3)
+        for padding in range(5)
+        for dilation in ((1, 2, 3) if kernel > 1 else (1,))
+    ]
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(5, 1), (3, 1), (6, 6), (8, 4), (4, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+def test_every_residue_of_padding(channels, groups, dtype):
+    """Padding need not be a multiple of stride or dilation: which input meets which tap depends on the residues.
+
+    Small integers, whose sums every dtype holds exactly, so that one lost or misplaced product shows.
+    """
+    generator = torch.Generator().manual_seed(0)
+    axes = geometries()
+    for i, (kernel, stride, padding, dilation) in enumerate(axes):
+        # The other axis has the same list in another order.
+        other = axes[(8 * i + 3) % len(axes)]
+        pairs = [list(pair) for pair in zip((kernel, stride, padding, dilation), other, strict=True)]
+        kernels, *geometry = pairs
+        size = [
+            max(s, d * (k - 1) + 1 - 2 * p) for s, k, p, d in zip((5, 6), *(pairs[j] for j in (0, 2, 3)), strict=True)
+        ]
+        x = torch.randint(-2, 3, (2, channels, *size), generator=generator).double()
+        w = torch.randint(-1, 2, (channels, channels // groups, *kernels), generator=generator).double()
+        exact_y = F.conv2d(x, w, None, *geometry, groups)
+        dy = torch.randint(-1, 2, exact_y.shape, generator=generator).double()
+        exact = (
+            exact_y,
+            torch.nn.grad.conv2d_input(x.shape, w, dy, *geometry, groups),
+            torch.nn.grad.conv2d_weight(x, w.shape, dy, *geometry, groups),
+        )
+        x, w, dy = (t.to(dtype).contiguous(memory_format=NHWC) for t in (x, w, dy))
+        ops = torch.ops.gradaug
+        dw = torch.zeros(w.shape)
+        ops.slim_conv2d_weight_grad_(dy, x, dw, *geometry, groups)
+        ours = (
+            ops.slim_conv2d(x, w, None, channels, *geometry, groups),
+            ops.slim_conv2d_input_grad(dy, w, list(x.shape), *geometry, groups),
+            dw,
+        )
+        for name, got, expected in zip(("y", "dx", "dw"), ours, exact, strict=True):
+            assert torch.equal(got.double(), expected), f"{name} of {pairs}, {size}"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="maps pages as Linux does")

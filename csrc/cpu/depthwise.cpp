@@ -335,12 +335,16 @@ class WeightSum {
     tile.vectors = vectors;
     tile.sum_vector = vector_;
     std::memset(scratch.sums.data(), 0, vectors * vector_ * sizeof(float));
-    bool started = false;
+    // With dilation a later row of outputs may meet an earlier row of inputs.
+    int64_t first_input = rows_.inputs;
+    for (int64_t q = first; q < last; q++) {
+      const InputRows inputs(rows_, q);
+      if (!inputs.empty()) first_input = std::min(first_input, inputs.first);
+    }
+    scratch.ring.start(x_, w_.inputs, n, channel, channels, first_input);
     for (int64_t q = first; q < last; q++) {
       const InputRows inputs(rows_, q);
       if (inputs.empty()) continue;
-      if (!started) scratch.ring.start(x_, w_.inputs, n, channel, channels, inputs.first);
-      started = true;
       scratch.ring.load_to(inputs.last);
       tile.rows = inputs.tap_end - inputs.tap;
       for (int64_t r = 0; r < tile.rows; r++) {

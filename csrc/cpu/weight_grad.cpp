@@ -108,7 +108,8 @@ class Sum {
   void add(const Block& block, const Block& next) {
     const Units dy = outputs(block), x = inputs(block);
     next_dy_ = fetching(dy_, next.images, next.rows, next.columns, h_.outputs, out_.size());
-    next_x_ = fetching(x_, next.images, input_range(h_, next.rows), input_range(w_, next.columns), h_.inputs, in_);
+    next_x_ = fetching(x_, next.images, input_range(h_, next.rows, 1), input_range(w_, next.columns, column_step()),
+                       h_.inputs, in_);
     const int64_t products = ceil_div(in_, kernels_.panel) * w_.kernel * h_.kernel;
     // A single product would have everything fetched at once, before anything is computed.
     row_parts_ = products == 1 ? ceil_div(out_.size(), kernels_.max_rows) : 1;
@@ -120,9 +121,10 @@ class Sum {
   }
 
  private:
-  // The inputs that some outputs need, whatever the tap.
-  static Range input_range(const ConvAxis& axis, Range outputs) {
-    const int64_t first = std::max<int64_t>(0, outputs.begin * axis.stride - axis.padding);
+  // The inputs that some outputs need, whatever the tap; only every step-th of them is read, from the first on.
+  static Range input_range(const ConvAxis& axis, Range outputs, int64_t step) {
+    const int64_t begin = outputs.begin * axis.stride - axis.padding;
+    const int64_t first = begin < 0 ? begin + ceil_div(-begin, step) * step : begin;
     const int64_t last = (outputs.end - 1) * axis.stride - axis.padding + (axis.kernel - 1) * axis.dilation;
     return {first, std::max(first, std::min(axis.inputs, last + 1))};
   }
@@ -152,7 +154,7 @@ class Sum {
   // x of the block: [panels, images, input rows, input columns, panel], every step-th column; where it is, if that is
   // in units, one tap reads it, and a vector that begins in a pixel ends in the image.
   Units inputs(const Block& block) {
-    const Range rows = input_range(h_, block.rows), columns = input_range(w_, block.columns);
+    const Range rows = input_range(h_, block.rows, 1), columns = input_range(w_, block.columns, column_step());
     if (kernels_.pair == 1 && x_.dtype == Dtype::f32 && w_.kernel == 1 && h_.kernel == 1) {
       const int64_t after = (w_.inputs - columns.end) * x_.w;  // floats of the same row
       if (after >= kernels_.panel || in_ % kernels_.lanes == 0) {
@@ -189,13 +191,14 @@ class Sum {
   void add_taps(const Block& block, const Units& dy, const Units& x, int64_t kw, int64_t i) {
     const Range columns = inside(w_, kw, block.columns);
     if (columns.size() <= 0) return;
-    const int64_t x_column =
-        (columns.begin * w_.stride - w_.padding + kw * w_.dilation - input_range(w_, block.columns).begin) /
-        column_step();
+    const int64_t x_column = (columns.begin * w_.stride - w_.padding + kw * w_.dilation -
+                              input_range(w_, block.columns, column_step()).begin) /
+                             column_step();
     for (int64_t kh = 0; kh < h_.kernel; kh++) {
       const Range rows = inside(h_, kh, block.rows);
       if (rows.size() <= 0) continue;
-      const int64_t x_row = rows.begin * h_.stride - h_.padding + kh * h_.dilation - input_range(h_, block.rows).begin;
+      const int64_t x_row =
+          rows.begin * h_.stride - h_.padding + kh * h_.dilation - input_range(h_, block.rows, 1).begin;
       OuterTile tile{};
       tile.a = dy.data + (rows.begin - block.rows.begin) * dy.h + (columns.begin - block.columns.begin) * dy.w;
       tile.b = x.data + i / kernels_.panel * x.panel + x_row * x.h + x_column * x.w;
