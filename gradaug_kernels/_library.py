@@ -22,6 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack, has_torch_function
+from torch.utils._device import DeviceContext
+from torch.utils.flop_counter import register_flop_formula
 
 from ._sources import digest
 
@@ -53,50 +57,50 @@ def define(schema: str, reference: Callable, fake: Callable, composite: bool = F
     return getattr(torch.ops.gradaug, name).default
 
 
-def below_autograd(function: Callable) -> Callable:
-    """Decorate the forward or backward of an autograd.Function, so that operators go straight to their kernels there.
-
-    Otherwise each call passes autograd's and autocast's keys, which are Python functions and have nothing to do in it.
-    """
-
-    def call(*args):
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return function(*args)
-        with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-            return function(*args)
-
-    return call
-
-
-def differentiable(op: torch._ops.OpOverload, setup_context: Callable, backward: Callable) -> Callable:
+def differentiable(
+    op: torch._ops.OpOverload, setup_context: Callable, backward: Callable, composition: Callable, cpp: bool = False
+) -> Callable:
     """Attach the autograd formula of an operator.
+
+    Args:
+        setup_context: (ctx, inputs, output), as torch.autograd.Function's.
+        backward: (ctx, saved, needs, *grad_outputs) returns the gradients of the inputs. saved are the saved tensors,
+            needs tells which inputs take a gradient. Second derivatives are those of the operators that it calls.
+        composition: the operator composed of PyTorch's differentiable ones, which takes its place in function
+            transforms (torch.func) and forward mode.
+        cpp: csrc/autograd.cpp has the formula once more.
 
     Returns:
         The operator as an eager layer calls it: the same, without the dispatcher's way to the formula, which takes
         as long as a small layer. Arguments are positional and complete; inside autocast they are cast already.
-    """
-    torch.library.register_autograd(f"gradaug::{_name(op)}", backward, setup_context=setup_context, lib=_LIBRARY)
 
-    class Eager(torch.autograd.Function):
+    Raises:
+        ImportError: if native code was built without the formula that it should have.
+    """
+
+    class Formula(torch.autograd.Function):
         @staticmethod
-        @below_autograd
         def forward(ctx, *args):
-            output = op(*args)
+            output = _below_autograd(op, *args)
             setup_context(ctx, args, output)
             return output
 
         @staticmethod
-        @below_autograd
         def backward(ctx, *grads):
-            return backward(ctx, *grads)
+            # Unpacking may run user code that needs autograd, such as a forward pass that was checkpointed.
+            saved = ctx.saved_tensors
+            return _below_autograd(backward, ctx, saved, ctx.needs_input_grad, *grads)
 
-    eager = _in_cpp(op) or Eager.apply
+    in_cpp = _in_cpp(op) if cpp else None
+    _implement_derivatives(op, Formula.apply, composition)
+    eager = in_cpp or Formula.apply
 
     def call(*args):
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or _is_transformed() or (has_torch_function(args) and _is_overridden()):
             return op(*args)
         return eager(*args)
 
+    call.in_python, call.in_cpp = Formula.apply, in_cpp  # for tests, which compare the two
     return call
 
 
@@ -146,52 +150,152 @@ def _is_accumulated(leaf: Any) -> bool:
         return False
 
 
-def differentiable_into_buffer(op: torch._ops.OpOverload, setup_context: Callable, gradients: Callable) -> Callable:
+def differentiable_into_buffer(
+    op: torch._ops.OpOverload, setup_context: Callable, gradients: Callable, cpp: bool = False
+) -> Callable:
     """An operator whose weight's gradient is added to a `Destination`; autograd then gets none for it.
 
-    gradients(ctx, dy, weight_grad) returns those of all arguments, None for the weight's, which it adds to weight_grad.
+    gradients(ctx, saved, needs, dy, weight_grad) returns those of all arguments, None for the weight's, which it adds
+    to weight_grad. The others are as in `differentiable`.
 
     Returns:
         call(*args, weight_grad), args being the operator's: positional, complete, and cast already inside autocast.
+        Function transforms and forward mode leave the gradient to autograd where it would add to the same buffer,
+        and are refused elsewhere. Second derivatives are refused.
     """
+
+    weight = [argument.name for argument in op._schema.arguments].index("weight")
 
     class IntoBuffer(torch.autograd.Function):
         @staticmethod
-        @below_autograd
         def forward(ctx, *args):
             *inputs, weight_grad = args
             ctx.destination = Destination(weight_grad)
-            output = op(*inputs)
+            ctx.is_tensor = [isinstance(a, torch.Tensor) for a in args]
+            output = _below_autograd(op, *inputs)
             setup_context(ctx, inputs, output)
             return output
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
-        @below_autograd
         def backward(ctx, dy, *_):
-            weight_grad, for_autograd = (None, None) if dy is None else ctx.destination.take(ctx)
-            return *gradients(ctx, dy, weight_grad), for_autograd
+            compiling, destination = torch.compiler.is_compiling(), ctx.destination
+            if torch.is_grad_enabled() and not compiling:
+                raise RuntimeError(
+                    "a weight's gradient that is added to a buffer has no second derivative (create_graph=True); "
+                    "leave gradients to autograd (accumulate=False)"
+                )
+            needs = list(ctx.needs_input_grad) if compiling else _executed_inputs(ctx)
+            if destination.is_parameter:
+                needs[weight] = needs[-1]
+            saved = ctx.saved_tensors
+            weight_grad = for_autograd = None
+            if dy is not None and needs[weight]:
+                weight_grad, for_autograd = destination.take(ctx)
+            return *_below_autograd(gradients, ctx, saved, needs, dy, weight_grad), for_autograd
 
-    eager = _in_cpp(op) or IntoBuffer.apply
+    in_cpp = _in_cpp(op) if cpp else None
+    eager = in_cpp or IntoBuffer.apply
 
     def call(*args):
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
             return IntoBuffer.apply(*args)
+        if _is_transformed():
+            *inputs, weight_grad = args
+            own = (a for a in inputs if isinstance(a, torch.nn.Parameter))
+            if any(a is weight_grad or a.grad is weight_grad for a in own):
+                return op(*inputs)
+            raise RuntimeError(
+                "weight_grad must be None, the weight or its grad inside function transforms (torch.func) and forward "
+                "mode, got another buffer; leave gradients to autograd (accumulate=False)"
+            )
         return eager(*args)
 
+    call.in_python, call.in_cpp = IntoBuffer.apply, in_cpp
     return call
 
 
-def differentiable_once(*ops: torch._ops.OpOverload) -> None:
-    """Make backward operators refuse to be differentiated, instead of returning silently wrong second derivatives."""
+def composed(op: torch._ops.OpOverload, composition: Callable) -> None:
+    """Let PyTorch differentiate a backward operator: its composition of PyTorch's operators takes its place then."""
+    _implement_derivatives(op, composition, composition)
 
-    def refuse(ctx, *grads):
-        raise RuntimeError(
-            "gradaug_kernels operators are differentiable once; a second derivative was asked for (create_graph=True)"
-        )
 
-    for op in ops:
-        differentiable(op, lambda ctx, inputs, output: None, refuse)
+def batched(op: torch._ops.OpOverload) -> Callable:
+    """Decorate what takes an operator's place inside torch.func.vmap."""
+
+    def register(function):
+        _LIBRARY.impl(_name(op), function, "FuncTorchBatchedDecomposition")
+        return function
+
+    return register
+
+
+def not_differentiable(op: torch._ops.OpOverload) -> None:
+    """Let an operator that adds to a buffer refuse to be differentiated, or called inside a function transform."""
+
+    def refuse(*args):
+        raise RuntimeError(f"{_name(op)} adds to a buffer and has no derivative")
+
+    _implement_derivatives(op, refuse, refuse)
+
+
+def _implement_derivatives(op: torch._ops.OpOverload, apply: Callable, composition: Callable) -> None:
+    """What serves an operator where a gradient is asked for, and inside function transforms and forward mode."""
+
+    def kernel(keyset, *args):
+        if _is_transformed():
+            return composition(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    _LIBRARY.impl(_name(op), kernel, "Autograd", with_keyset=True)
+    batched(op)(composition)
+
+
+def _is_transformed() -> bool:
+    """Inside a function transform (torch.func) or a level of forward mode, which C++ formulas do not follow."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _is_overridden() -> bool:
+    """Whether functions are overridden by more than torch.set_default_device, which concerns no operator of ours."""
+    modes = _get_current_function_mode_stack()
+    return not modes or any(not isinstance(mode, DeviceContext) for mode in modes)
+
+
+def _below_autograd(function: Callable, *args):
+    """Call with operators going straight to their kernels, but where their derivatives may be asked for.
+
+    Otherwise each call passes autograd's and autocast's keys, which are Python functions and have nothing to do in the
+    forward and backward of an autograd.Function.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_transformed():
+        return function(*args)
+    with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        return function(*args)
+
+
+def _executed_inputs(ctx) -> list[bool]:
+    """Which inputs this backward pass wants the gradients of: torch.autograd.grad names some that need one."""
+    needs = list(ctx.needs_input_grad)
+    nodes = iter(ctx.next_functions)
+    for i, is_tensor in enumerate(ctx.is_tensor):
+        node = next(nodes)[0] if is_tensor else None
+        needs[i] = node is not None and _is_executed(node)
+    return needs
+
+
+def _is_executed(node) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf that torch.autograd.grad was asked for
+        return True
+
+
+def count_flops(op: torch._ops.OpOverload, formula: Callable) -> None:
+    """What torch.utils.flop_counter counts: formula takes the operator's arguments, tensors as their shapes."""
+    register_flop_formula(getattr(torch.ops.gradaug, _name(op)))(lambda *args, out_shape, **kwargs: formula(*args))
 
 
 def autocast_rule(op: torch._ops.OpOverload) -> Callable:
@@ -361,12 +465,19 @@ def _import_library(name: str, path: Path) -> None:
 
 
 def _in_cpp(op: torch._ops.OpOverload) -> Callable | None:
-    """The operator with its autograd formula in C++ (csrc/autograd.cpp), if it has one and that was built.
+    """The operator with its autograd formula in C++ (csrc/autograd.cpp); None where nothing native was built.
 
     It takes the operator's arguments, and perhaps a buffer for the weight's gradient after them.
     """
     library = sys.modules.get("gradaug_kernels._autograd")
-    return getattr(library, _name(op), None)
+    if library is None:
+        return None
+    if not hasattr(library, _name(op)):
+        raise ImportError(
+            f"gradaug_kernels._autograd must have the formula of {_name(op)}, got a build of other sources; "
+            "run `pip install .` again in the folder of gradaug_kernels' sources"
+        )
+    return getattr(library, _name(op))
 
 
 def _name(op: torch._ops.OpOverload) -> str:
