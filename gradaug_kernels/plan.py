@@ -28,7 +28,7 @@ from .follow import (
     without_data,
 )
 from .fuse import _Fused
-from .nn import FastSlimConv2d, SlimBatchNorm2d, SlimLinear
+from .nn import _HOOKS, FastSlimConv2d, SlimBatchNorm2d, SlimLinear
 
 PROVEN_WIDTHS = (0.5, 0.7)  # each leaves every layer a channel, and odd numbers of them
 _LOCK = threading.Lock()  # the process has one state of Python's random numbers
@@ -172,8 +172,8 @@ def _shadow(model: nn.Module) -> nn.Module:
             result = object.__new__(kind._original if issubclass(kind, _Fused) else kind)  # with its own forward
             copies[id(value)] = (result, value)
             for key, attribute in vars(value).items():
-                hooks = key.endswith("_hooks") or key.startswith("_forward_hooks") or "_hooks_" in key
-                vars(result)[key] = kind_of_hooks(attribute) if hooks else copied(attribute)
+                without = key in _HOOKS and isinstance(attribute, dict)
+                vars(result)[key] = type(attribute)() if without else copied(attribute)
             return result
         elif kind in (list, set):
             result = kind(copied(item) for item in value) if value else kind()
@@ -191,9 +191,6 @@ def _shadow(model: nn.Module) -> nn.Module:
             return value
         copies[id(value)] = (result, value)
         return result
-
-    def kind_of_hooks(attribute):
-        return type(attribute)() if isinstance(attribute, dict) else attribute
 
     return copied(model)
 
