@@ -4,8 +4,10 @@
 // native code; tests/test_library.py compares the two. Python's took 10 to 30 us more for each layer.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/new_zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <optional>
@@ -63,6 +65,51 @@ Tensor bias_grad(const Tensor& dy, int64_t channel_dim, int64_t size) {
   return dbias;
 }
 
+// What a weight's gradient is added to, the last input of a formula: a buffer, or a parameter's .grad as the backward
+// pass finds it. See Destination in gradaug_kernels/_library.py.
+class Destination {
+ public:
+  static void save(AutogradContext* ctx, const MaybeTensor& given) {
+    ctx->saved_data[given && given->requires_grad() ? "parameter" : "buffer"] = given;
+  }
+  explicit Destination(AutogradContext* ctx)
+      : parameter_(ctx->saved_data["parameter"]), buffer_(ctx->saved_data["buffer"]) {}
+
+  bool given() const { return parameter_.isTensor() || buffer_.isTensor(); }
+  // Whether the gradient is asked for; `needs` has come to the last input.
+  bool needed(Inputs& needs, bool needs_weight) const { return parameter_.isTensor() ? needs.next() : needs_weight; }
+
+  // The tensor to add to.
+  Tensor take() {
+    Tensor sum;
+    if (buffer_.isTensor()) {
+      sum = buffer_.toTensor();
+    } else {
+      const Tensor parameter = parameter_.toTensor();
+      sum = parameter.grad();
+      if (!is_plain_backward() || !takes(sum, parameter)) sum = for_autograd_ = at::zeros_like(parameter);
+    }
+    sum.unsafeGetTensorImpl()->bump_version();
+    return sum;
+  }
+  // What autograd gets for the last input.
+  const Tensor& for_autograd() const { return for_autograd_; }
+
+ private:
+  // Not torch.autograd.grad or backward(inputs=...), which ask for some gradients only.
+  static bool is_plain_backward() { return torch::autograd::get_current_graph_task_exec_info()->empty(); }
+  static bool takes(const Tensor& grad, const Tensor& weight) {
+    namespace impl = torch::autograd::impl;
+    const bool plain = weight.requires_grad() && impl::hooks(weight).empty() && !impl::post_acc_grad_hooks(weight);
+    return plain && grad.defined() && grad.layout() == at::kStrided && !grad.requires_grad() &&
+           grad.dtype() == weight.dtype() && grad.device() == weight.device() && grad.sizes() == weight.sizes() &&
+           grad.strides() == weight.strides();
+  }
+
+  c10::IValue parameter_, buffer_;
+  Tensor for_autograd_;
+};
+
 int64_t size_of(const MaybeTensor& bias) { return bias ? bias->size(0) : 0; }
 
 // Stride, padding, dilation and groups of a convolution.
@@ -96,7 +143,7 @@ struct Conv2d : Function<Conv2d> {
                         int64_t out_channels, const Geometry& g, const MaybeTensor& weight_grad) {
     const BelowAutograd guard;
     ctx->save_for_backward({x, weight});
-    ctx->saved_data["weight_grad"] = weight_grad;
+    Destination::save(ctx, weight_grad);
     ctx->saved_data["bias_size"] = size_of(bias);
     g.save(ctx);
     return slim_conv2d().call(x, weight, bias, out_channels, g.s(), g.p(), g.d(), g.groups);
@@ -108,13 +155,16 @@ struct Conv2d : Function<Conv2d> {
     const Tensor &dy = grads[0], &x = saved[0], &weight = saved[1];
     const Geometry g(ctx);
     const int64_t bias_size = ctx->saved_data["bias_size"].toInt();
-    const auto& buffer = ctx->saved_data["weight_grad"];
+    Destination destination(ctx);
     Inputs needs(ctx);
     const bool needs_x = needs.next(), needs_weight = needs.next(), needs_bias = needs.next(bias_size > 0);
     variable_list found(6);
-    if (needs_weight && buffer.isTensor()) {
-      Tensor sum = buffer.toTensor();
-      slim_conv2d_weight_grad_().call(dy, x, sum, g.s(), g.p(), g.d(), g.groups);
+    if (destination.given()) {
+      if (destination.needed(needs, needs_weight)) {
+        Tensor sum = destination.take();
+        slim_conv2d_weight_grad_().call(dy, x, sum, g.s(), g.p(), g.d(), g.groups);
+        found[5] = destination.for_autograd();
+      }
     } else if (needs_weight) {
       found[1] = slim_conv2d_weight_grad().call(dy, x, weight, g.s(), g.p(), g.d(), g.groups);
     }
@@ -132,7 +182,7 @@ struct Linear : Function<Linear> {
                         int64_t out_features, const MaybeTensor& weight_grad) {
     const BelowAutograd guard;
     ctx->save_for_backward({x, weight});
-    ctx->saved_data["weight_grad"] = weight_grad;
+    Destination::save(ctx, weight_grad);
     ctx->saved_data["bias_size"] = size_of(bias);
     return slim_linear().call(x, weight, bias, out_features);
   }
@@ -142,14 +192,17 @@ struct Linear : Function<Linear> {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &dy = grads[0], &x = saved[0], &weight = saved[1];
     const int64_t bias_size = ctx->saved_data["bias_size"].toInt();
-    const auto& buffer = ctx->saved_data["weight_grad"];
+    Destination destination(ctx);
     Inputs needs(ctx);
     const bool needs_x = needs.next(), needs_weight = needs.next(), needs_bias = needs.next(bias_size > 0);
     variable_list found(5);
     if (needs_x) found[0] = slim_linear_input_grad().call(dy, weight, x.sym_size(-1));
-    if (needs_weight && buffer.isTensor()) {
-      Tensor sum = buffer.toTensor();
-      slim_linear_weight_grad_().call(dy, x, sum);
+    if (destination.given()) {
+      if (destination.needed(needs, needs_weight)) {
+        Tensor sum = destination.take();
+        slim_linear_weight_grad_().call(dy, x, sum);
+        found[4] = destination.for_autograd();
+      }
     } else if (needs_weight) {
       found[1] = slim_linear_weight_grad().call(dy, x, weight);
     }
@@ -216,7 +269,7 @@ struct NormConv2d : Function<NormConv2d> {
     ctx->saved_data["batch_stats"] = batch_stats || !mean.has_value();
     ctx->saved_data["relu"] = relu;
     ctx->saved_data["eps"] = eps;
-    ctx->saved_data["weight_grad"] = weight_grad;
+    Destination::save(ctx, weight_grad);
     ctx->saved_data["bias_size"] = size_of(bias);
     g.save(ctx);
     return {y, used_mean, used_var, y_mean, y_var};
@@ -234,7 +287,7 @@ struct NormConv2d : Function<NormConv2d> {
     const double eps = ctx->saved_data["eps"].toDouble();
     const Geometry g(ctx);
     const int64_t bias_size = ctx->saved_data["bias_size"].toInt();
-    const auto& buffer = ctx->saved_data["weight_grad"];
+    Destination destination(ctx);
     Inputs needs(ctx);
     const bool needs_x = needs.next();
     for (int i = 0; i < 2; i++) needs.next(given);  // mean, var
@@ -242,17 +295,19 @@ struct NormConv2d : Function<NormConv2d> {
     const bool needs_weight = needs.next(), needs_bias = needs.next(bias_size > 0);
     const bool needs_dx = needs_x || needs_gamma || needs_beta;
     Tensor dx, dgamma, dbeta;
-    if (buffer.isTensor()) {
-      Tensor sum = buffer.toTensor();
+    if (destination.given() && destination.needed(needs, needs_weight)) {
+      Tensor sum = destination.take();
       std::tie(dx, dgamma, dbeta) =
           slim_norm_conv2d_backward_().call(dy, x, mean, var, gamma, beta, batch_stats, relu, eps, weight, sum, g.s(),
-                                            g.p(), g.d(), g.groups, needs_dx, needs_weight);
+                                            g.p(), g.d(), g.groups, needs_dx, true);
+      found[13] = destination.for_autograd();
     } else {
+      const bool returns_weight = needs_weight && !destination.given();
       Tensor dweight;
       std::tie(dx, dgamma, dbeta, dweight) =
           slim_norm_conv2d_backward().call(dy, x, mean, var, gamma, beta, batch_stats, relu, eps, weight, g.s(), g.p(),
-                                           g.d(), g.groups, needs_dx, needs_weight);
-      if (needs_weight) found[8] = dweight;
+                                           g.d(), g.groups, needs_dx, returns_weight);
+      if (returns_weight) found[8] = dweight;
     }
     if (needs_x) found[0] = dx;
     if (needs_gamma) found[3] = dgamma;

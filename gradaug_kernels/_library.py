@@ -11,14 +11,19 @@ gradaug::<operator>_cuda_cpp, where `cuda_cpp_kernel` finds it. GRADAUG_CUDA say
 """
 
 import functools
-import importlib
+import importlib.machinery
+import importlib.util
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from ._sources import digest
 
 _LIBRARY = torch.library.Library("gradaug", "DEF")
 _BACKENDS: dict[
@@ -95,8 +100,54 @@ def differentiable(op: torch._ops.OpOverload, setup_context: Callable, backward:
     return call
 
 
+class Destination:
+    """What a weight's gradient is added to: a buffer, or a parameter's .grad as the backward pass finds it.
+
+    Autograd has the gradient where that .grad cannot take it (there is none, or of another kind), and inside
+    torch.autograd.grad. Adding counts as a change in place: the buffer's `_version` tells whether there was one.
+    csrc/autograd.cpp has the same.
+    """
+
+    def __init__(self, weight_grad: torch.Tensor):
+        self.given = weight_grad
+        self.is_parameter = weight_grad.requires_grad
+
+    def take(self, node: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The tensor to add to, and what autograd gets for `given`, which is the node's last input."""
+        if torch.compiler.is_compiling():  # a buffer: the compiled graph's own input
+            return self.given, None
+        if self.is_parameter and not (_has_a_buffer(self.given) and _is_accumulated(node.next_functions[-1][0])):
+            gradient = torch.zeros_like(self.given)
+            return gradient, gradient
+        buffer = self.given.grad if self.is_parameter else self.given
+        torch.autograd.graph.increment_version(buffer)
+        return buffer, None
+
+
+def _has_a_buffer(parameter: torch.Tensor) -> bool:
+    grad = parameter.grad
+    return (
+        parameter.requires_grad
+        and not parameter._backward_hooks
+        and not parameter._post_accumulate_grad_hooks
+        and grad is not None
+        and not grad.requires_grad
+        and (grad.layout, grad.dtype, grad.device) == (torch.strided, parameter.dtype, parameter.device)
+        and grad.stride() == parameter.stride()
+        and grad.shape == parameter.shape
+    )
+
+
+def _is_accumulated(leaf: Any) -> bool:
+    """Whether the backward pass that runs adds to the .grad of a leaf, as torch.autograd.grad does not."""
+    try:
+        return torch._C._will_engine_execute_node(leaf)
+    except RuntimeError:  # torch.autograd.grad of this very leaf
+        return False
+
+
 def differentiable_into_buffer(op: torch._ops.OpOverload, setup_context: Callable, gradients: Callable) -> Callable:
-    """An operator whose weight's gradient is added to a buffer; autograd then gets none for it.
+    """An operator whose weight's gradient is added to a `Destination`; autograd then gets none for it.
 
     gradients(ctx, dy, weight_grad) returns those of all arguments, None for the weight's, which it adds to weight_grad.
 
@@ -108,7 +159,8 @@ def differentiable_into_buffer(op: torch._ops.OpOverload, setup_context: Callabl
         @staticmethod
         @below_autograd
         def forward(ctx, *args):
-            *inputs, ctx.weight_grad = args
+            *inputs, weight_grad = args
+            ctx.destination = Destination(weight_grad)
             output = op(*inputs)
             setup_context(ctx, inputs, output)
             return output
@@ -117,7 +169,8 @@ def differentiable_into_buffer(op: torch._ops.OpOverload, setup_context: Callabl
         @torch.autograd.function.once_differentiable
         @below_autograd
         def backward(ctx, dy, *_):
-            return *gradients(ctx, dy, ctx.weight_grad), None
+            weight_grad, for_autograd = (None, None) if dy is None else ctx.destination.take(ctx)
+            return *gradients(ctx, dy, weight_grad), for_autograd
 
     eager = _in_cpp(op) or IntoBuffer.apply
 
@@ -205,37 +258,106 @@ def is_composed(name: str, device: str) -> bool:
     return _BACKENDS.get(name, {}).get(device, "composite") == "composite"
 
 
+@functools.cache
 def build_config() -> dict:
-    """What setup.py decided and printed: torch and CUDA versions, flags, targets. Empty where nothing was built."""
-    path = Path(__file__).with_name("_build.json")
-    return json.loads(path.read_text()) if path.exists() else {}
+    """What setup.py decided and printed: torch and CUDA versions, flags, targets. Empty where nothing was built.
+
+    "folder" is where the libraries are: beside this file, or, in a clone whose own do not fit, or that has none, where
+    the package is installed with libraries of the clone's native sources.
+    """
+    own = Path(__file__).parent
+    installed = [Path(entry, "gradaug_kernels") for entry in sys.path] if _clone_sources() else []
+    found = []
+    for folder in (own, *installed):
+        if (folder / "_build.json").exists():
+            found.append({**json.loads((folder / "_build.json").read_text()), "folder": str(folder)})
+            if _fits(found[-1]):
+                return found[-1]
+    return found[0] if found and found[0]["folder"] == str(own) else {}
 
 
 def load_native() -> None:
     """Import the native libraries that were built. Called once, before the first operator is defined.
 
+    Where none were, or only some, the references serve every operator, and one warning says so.
+
     Raises:
-        ImportError: if they were built against another torch than the one imported.
+        ImportError: if they were built against another torch than the one imported, or cannot be loaded.
     """
     config = build_config()
-    if not config.get("cpu"):
+    if config and not config["cpu"]:
         return
-    built, found = (".".join(version.split(".")[:2]) for version in (config["torch"], torch.__version__))
-    if built != found:
+    folder = Path(config.get("folder", Path(__file__).parent))
+    names = _library_names(config)
+    missing = [_library_path(folder, name).name for name in names if not _library_path(folder, name).exists()]
+    if not config or missing:
+        warnings.warn(
+            f"gradaug_kernels runs on its PyTorch references, which are slow: {folder} has no "
+            f"{', '.join(missing) or '_build.json'}; run `pip install -e .` in the folder of its sources",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return
+    in_place = _clone_sources() and folder == Path(__file__).parent
+    mend = "pip install --no-deps -e ." if in_place else "pip install --no-deps --force-reinstall ."
+    if _release(config["torch"]) != _release(torch.__version__):
         raise ImportError(
             f"gradaug_kernels was built against torch {config['torch']}, but torch {torch.__version__} is imported; "
-            "run `pip install --no-build-isolation --no-deps --force-reinstall .` in its source folder"
+            f"run `{mend}` in the folder of its sources"
         )
-    # A CUDA library needs libtorch_cuda, which a CPU build of the same torch release does not have.
-    with_cuda = config["cuda"] and torch.version.cuda and cuda_choice() != "reference"
-    for name in ("_autograd", "_cpu", "_cuda") if with_cuda else ("_autograd", "_cpu"):
+    if in_place and config.get("sources") != _clone_sources():
+        warnings.warn(
+            f"gradaug_kernels' libraries in {folder} are of other sources than csrc/ has now; "
+            "run `python setup.py build_ext --inplace`",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    for name in names:
         try:
-            importlib.import_module(f"gradaug_kernels.{name}")
+            _import_library(f"gradaug_kernels.{name}", _library_path(folder, name))
         except ImportError as error:
             raise ImportError(
                 f"gradaug_kernels.{name} was built for torch {config['torch']} but cannot be loaded ({error}); "
-                "run `pip install .` again in the folder of gradaug_kernels' sources"
+                f"run `{mend}` in the folder of its sources"
             ) from error
+
+
+def _fits(config: dict) -> bool:
+    """Whether libraries are for this Python and torch and, in a clone, of its sources."""
+    if not config["cpu"]:
+        return True
+    there = all(_library_path(Path(config["folder"]), name).exists() for name in _library_names(config))
+    same_sources = _clone_sources() in (None, config.get("sources"))
+    return there and same_sources and _release(config["torch"]) == _release(torch.__version__)
+
+
+def _library_names(config: dict) -> tuple[str, ...]:
+    # A CUDA library needs libtorch_cuda, which a CPU build of the same torch release does not have.
+    with_cuda = config.get("cuda") and torch.version.cuda and cuda_choice() != "reference"
+    return ("_autograd", "_cpu", "_cuda") if with_cuda else ("_autograd", "_cpu")
+
+
+def _library_path(folder: Path, name: str) -> Path:
+    return folder / f"{name}{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+
+
+def _release(version: str) -> tuple[str, ...]:
+    """What two versions of torch must share for one to load the other's libraries: ("2", "14")."""
+    return tuple(version.split(".")[:2])
+
+
+@functools.cache
+def _clone_sources() -> str | None:
+    """The digest of the native sources beside the package, None where it is installed without them."""
+    csrc = Path(__file__).parent.parent / "csrc"
+    return digest(csrc) if (csrc / "module.cpp").exists() else None
+
+
+def _import_library(name: str, path: Path) -> None:
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[name] = module
 
 
 def _in_cpp(op: torch._ops.OpOverload) -> Callable | None:

@@ -7,10 +7,12 @@ subclass of what it was, its children, parameters, state_dict and hooks are the 
 traced, because a layer was replaced or has a hook, it runs its own forward again.
 """
 
+import copy
 import functools
 import math
 import operator
 from collections.abc import Callable, Iterator
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -87,10 +89,11 @@ def _fuse_module(module: nn.Module, recompute: bool) -> None:
         return
     graph.lint()
     fused, original = fx.GraphModule(module, graph).__class__.forward, type(module)
+    own = original.forward
 
-    @functools.wraps(original.forward)
+    @functools.wraps(own)
     def forward(self, *args, **kwargs):
-        if _calls_of_fx(args) or not self._traced.is_still_true(self):
+        if original.forward is not own or _calls_of_fx(args) or not self._traced.is_still_true(self):
             return original.forward(self, *args, **kwargs)
         return fused(self, *args, **kwargs)
 
@@ -130,9 +133,8 @@ class _Traced(NamedTuple):
                     child, path = owner._modules[name], f"{path}.{name}"
                     called[path] = _Called(owner._modules, name, child, type(child))
                     owner = child
-        plain = (bool, int, float, str, type(None), type(_trace), type(torch.relu))
         attributes = vars(module).items()
-        read = [(n, v) for n, v in attributes if isinstance(v, plain) and n[:1] != "_" and n != "training"]
+        read = [(n, v) for n, v in attributes if _is_plain(v) and n[:1] != "_" and n != "training"]
         required = [
             (condition, call.module)
             for call in called.values()
@@ -147,12 +149,20 @@ class _Traced(NamedTuple):
                 return False
         attributes = module.__dict__
         for name, value in self.read:
-            if attributes.get(name, attributes) != value:
+            now = attributes.get(name, attributes)
+            if now is not value and now != value:
                 return False
         for condition, child in self.required:
             if not condition(child):
                 return False
         return not _is_hooked_everywhere()
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it can be compared with what is there later, and cannot be changed in place."""
+    if isinstance(value, tuple):
+        return all(_is_plain(element) for element in value)
+    return value is None or isinstance(value, bool | int | float | str | FunctionType | BuiltinFunctionType)
 
 
 def _is_hooked(of: dict[str, Any]) -> bool:
@@ -171,7 +181,13 @@ def _is_hooked_everywhere() -> bool:
 
 
 class _Fused:
-    """Mixed into the class of a module with a rewritten forward, which is made again by copies and pickles."""
+    """Mixed into the class of a module with a rewritten forward, which pickles make again."""
+
+    def __deepcopy__(self, memo):
+        # Of the same class, as torch.func.stack_module_state wants it.
+        memo[id(self)] = copied = self.__class__.__new__(self.__class__)
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def __reduce_ex__(self, protocol):
         state = {name: value for name, value in vars(self).items() if name not in ("_traced", "_chains", "_recompute")}
@@ -185,7 +201,7 @@ class _Fused:
 
 
 class _Unfused:
-    """Mixed into the class of a copy that is yet to get its attributes, which may refer to it."""
+    """Mixed into the class of a module read from a pickle that is yet to get its attributes, which may refer to it."""
 
     @staticmethod
     def make(original: type, recompute: bool) -> nn.Module:

@@ -6,6 +6,7 @@ chooses other channels than the first, until the next width is set; the number o
 """
 
 import weakref
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -36,11 +37,13 @@ def _set(module: nn.Module, **attributes) -> None:
 
 
 def _parameters(layer: "FastSlimConv2d | SlimLinear") -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The weight and bias whose first channels are those of the sub-network, and the buffer for the weight's gradient.
+    """The weight and bias whose first channels are those of the sub-network, and where the weight's gradient is added.
 
-    That buffer is None where autograd carries the gradient.
+    That is None where autograd carries the gradient.
     """
-    weight, weight_grad = layer._accumulating or (layer.weight, None)
+    weight, weight_grad = layer.weight, None
+    if layer._accumulating is not None:
+        weight, weight_grad = layer._accumulating.resolve(weight)
     if layer._kept is None:
         return weight, layer.bias, weight_grad
     outputs, inputs = layer._kept
@@ -73,6 +76,39 @@ def carry_over_hooks(source: nn.Module, target: nn.Module) -> None:
             hook.module = weakref.ref(target)
 
 
+class Accumulating(NamedTuple):
+    """What `AccumulateIntoGrad` knows of a layer's weight."""
+
+    weight: nn.Parameter
+    computed: Tensor  # what the layer computes with: the weight, or a low-precision copy of it
+    version: int  # of the weight, when it was copied
+    grad: Tensor | None  # weight.grad at the start of the with-block
+
+    def resolve(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The weight to compute with, and the parameter or buffer that its gradient is added to.
+
+        weight: the layer's now. Autograd carries the gradient, None, where it is another one, as inside
+        torch.func.functional_call or in a replica, is frozen or has hooks, or has changed since it was copied.
+        """
+        if weight is not self.weight:
+            return weight, None
+        if torch.compiler.is_compiling():  # a graph takes buffers as inputs; their versions and hooks are not to be had
+            return (weight, None) if self.grad is None else (self.computed, self.grad)
+        if not may_accumulate(weight) or (self.computed is not weight and weight._version != self.version):
+            return weight, None
+        return self.computed, weight
+
+
+def may_accumulate(weight: Tensor | None) -> bool:
+    """Whether kernels may add the gradient of a layer's weight to its .grad: a parameter, trained and without hooks."""
+    return (
+        type(weight) is nn.Parameter
+        and weight.requires_grad
+        and not weight._backward_hooks
+        and not weight._post_accumulate_grad_hooks
+    )
+
+
 class FastSlimConv2d(nn.Conv2d):
     """nn.Conv2d of adjustable width, a drop-in: same arguments, parameter names and state_dict.
 
@@ -97,7 +133,7 @@ class FastSlimConv2d(nn.Conv2d):
         ValueError: for an input whose channels do not fit, or a width that leaves no channel.
     """
 
-    _accumulating = None  # (weight to compute with, buffer for its gradient) inside AccumulateIntoGrad
+    _accumulating = None  # an Accumulating, inside AccumulateIntoGrad
 
     def __init__(self, *args, divisor: int = 1, slim_out: bool = True, **kwargs):
         super().__init__(*args, **kwargs)
@@ -221,7 +257,7 @@ class SlimLinear(nn.Linear):
         ValueError: for an input whose features do not fit, or a width that leaves no feature.
     """
 
-    _accumulating = None  # (weight to compute with, buffer for its gradient) inside AccumulateIntoGrad
+    _accumulating = None  # an Accumulating, inside AccumulateIntoGrad
     _flattened = None  # (layer whose channels are flattened in the input, pixels of each), where convert found them
 
     def __init__(self, *args, divisor: int = 1, slim_out: bool = False, **kwargs):
@@ -280,6 +316,9 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
         an unlisted width   stores nothing ("batch"), as GradAug's sub-networks.
     In evaluation a width normalises with its own statistics. `calibrate` makes and fills them for any width.
 
+    torch.compile makes one graph for each width with private statistics, and one for all others together; above 8, its
+    limit, set torch._dynamo.config.recompile_limit to as many.
+
     The statistics of width w are named `running_mean_w` and so on, with the point of w as an underscore; they have
     num_features elements, of which the first channels of that width are used. Those of `widths` and `add_width` are
     buffers. Those that `calibrate` makes, or that only a loaded state_dict has, are in state_dict, move and are copied
@@ -296,11 +335,12 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
     """
 
     _beside: tuple[str, ...] = ()  # names of the statistics that are not buffers
+    _substitute = None  # "batch" or "full": what it takes in a GradAug step for statistics that it does not have
 
     def __init__(self, *args, widths: tuple[float, ...] = (1.0,), **kwargs):
         super().__init__(*args, **kwargs)
         self._names = {1.0: ("running_mean", "running_var", "num_batches_tracked")}
-        self._uncalibrated: set[float] = set()
+        self._unconfirmed: set[float] = set()  # widths whose statistics may be empty still
         self._set_width(1.0)
         for width in widths:
             self.add_width(width)
@@ -344,7 +384,7 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
             self._beside = (*self._beside, *names)
         getattr(self, names[1]).fill_(1)
         self._names[width] = names
-        self._uncalibrated.add(width)
+        self._unconfirmed.add(width)
         self._set_width(self._slim_width)
 
     @property
@@ -375,7 +415,7 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
         if channels > self.num_features or (width == 1.0 and channels != self.num_features):
             bound = "" if width == 1.0 else "at most "
             raise ValueError(f"input must have {bound}{self.num_features} channels at width {width:g}, got {channels}")
-        if self.training and shape[0] * shape[2] * shape[3] == 1:
+        if self._takes_batch_statistics and shape[0] * shape[2] * shape[3] == 1:
             raise ValueError(
                 f"training needs more than 1 value per channel for statistics, got input of shape {tuple(shape)}"
             )
@@ -384,22 +424,29 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
     def _takes_batch_statistics(self) -> bool:
         if self.training or self._buffers["running_mean"] is None:
             return True
-        return self._statistics is None and not self.track_running_stats
+        return not self._has_statistics and (self._substitute == "batch" or not self.track_running_stats)
+
+    @property
+    def _has_statistics(self) -> bool:
+        return self._statistics is not None and self.is_calibrated(self._slim_width)
 
     def _given_statistics(self, channels: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """The statistics [channels] of this width for an input of dtype; None and None where the batch's are taken."""
         if self._takes_batch_statistics:
             return None, None
-        width = self._slim_width
-        if self._statistics is None or width in self._uncalibrated:
+        if not self._has_statistics and self._substitute is None:
+            width = self._slim_width
             raise RuntimeError(
                 f"evaluation needs the statistics of width {width:g}, got those of widths "
-                f"{', '.join(f'{w:g}' for w in self.widths if w not in self._uncalibrated)}; "
-                f"gradaug_kernels.calibrate(model, [{width:g}], loader) makes them"
+                f"{', '.join(f'{w:g}' for w in self.widths if self.is_calibrated(w))}; "
+                f"gradaug_kernels.calibrate(model, [{width:g}], loader) makes them, and in training norm.train() "
+                "takes the batch's"
             )
-        mean, var = (getattr(self, name) for name in self._statistics[:2])
+        names = self._statistics if self._has_statistics else self._names[1.0]
+        chosen = slice(channels) if self._kept is None else self._kept
         stats_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        return mean[:channels].to(stats_dtype), var[:channels].to(stats_dtype)
+        mean, var = (getattr(self, name)[chosen].to(stats_dtype) for name in names[:2])
+        return mean, var
 
     def _record(self, shape: torch.Size, mean: Tensor, var: Tensor) -> None:
         """Update the running statistics of this width, if it has some, with those of a batch of that shape."""
@@ -412,7 +459,17 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
             num_batches.add_(1)  # as nn.BatchNorm2d counts them
             return
         slim_batch_norm_record_(running_mean, running_var, num_batches, mean, var, values_per_channel, self.momentum)
-        self._uncalibrated.discard(self._slim_width)
+
+    def is_calibrated(self, width: float) -> bool:
+        """Whether `width` has statistics of at least one batch. Width 1 always counts as having them.
+
+        Asked in evaluation, not noted in training, where torch.compile would make another graph for it.
+        """
+        if width in self._unconfirmed:
+            num_batches = getattr(self, self._names[width][2])
+            if num_batches.is_meta or num_batches > 0:
+                self._unconfirmed.discard(width)
+        return width in self._names and width not in self._unconfirmed
 
     def reset_width_stats(self, width: float) -> None:
         """Forget the running statistics of one width.
@@ -428,7 +485,7 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
         var.fill_(1)
         num_batches.zero_()
         if width != 1.0:
-            self._uncalibrated.add(width)
+            self._unconfirmed.add(width)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -445,12 +502,9 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        for width, counter in self._widths_in(state_dict, prefix):
+        for width in self._widths_in(state_dict, prefix):
             self._add_width(width, as_buffers=False)
-            if counter.is_meta or counter > 0:
-                self._uncalibrated.discard(width)
-            else:
-                self._uncalibrated.add(width)
+            self._unconfirmed.add(width)
         beside = {name: state_dict.pop(prefix + name) for name in self._beside if prefix + name in state_dict}
         arguments = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(*arguments)
@@ -467,8 +521,8 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
             else:
                 own.copy_(value)
 
-    def _widths_in(self, state_dict, prefix) -> list[tuple[float, Tensor]]:
-        """The widths with private statistics in a state_dict, each with its counter; their names are made ours."""
+    def _widths_in(self, state_dict, prefix) -> list[float]:
+        """The widths with private statistics in a state_dict, in which their names are made ours."""
         found = []
         stem = f"{prefix}num_batches_tracked_"
         for key in [key for key in state_dict if key.startswith(stem)]:
@@ -486,7 +540,7 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
                 for old, new in renamed.items():
                     if old in state_dict:
                         state_dict[new] = state_dict.pop(old)
-            found.append((width, state_dict[f"{stem}{_suffix(width)}"]))
+            found.append(width)
         return found
 
     def extra_repr(self) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import threading
 
 import pytest
@@ -296,6 +297,16 @@ def test_changes_after_conversion_are_those_of_the_original(name):
             torch.testing.assert_close(model.get_buffer(buffer), value, msg=buffer)
 
 
+def test_a_compiled_model_notices_a_replaced_layer():
+    plain, model = block().eval(), gk.convert(block().eval())
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(2, 3, 6, 6)
+    torch.testing.assert_close(compiled(x), plain(x))
+    plain[2], model[2] = nn.SiLU(), nn.SiLU()
+    torch.testing.assert_close(compiled(x), plain(x))
+    torch._dynamo.reset()
+
+
 def test_an_attribute_that_tracing_read_may_change():
     class Scaled(nn.Module):
         def __init__(self):
@@ -467,17 +478,31 @@ def test_layers_that_are_called_twice_in_a_chain():
         torch.testing.assert_close(fused.state_dict()[name], value, msg=name)
 
 
-def test_a_copy_of_a_module_that_its_hooks_refer_to():
+def append_call(module, *_):
+    module.calls.append(1)
+
+
+def test_copies_of_a_module_that_its_hooks_refer_to():
     model = gk.convert(block())
-    model.register_load_state_dict_pre_hook(lambda module, *_: module.calls.append(1))
+    model.register_load_state_dict_pre_hook(append_call)
     model.calls = []
-    copied = copy.deepcopy(model)
-    copied.load_state_dict(model.state_dict())
-    assert (copied.calls, model.calls) == ([1], [])
-    assert gk.fused_chains(copied) == FUSED
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        copied.load_state_dict(model.state_dict())
+        assert (copied.calls, model.calls) == ([1], [])
+        assert gk.fused_chains(copied) == FUSED
+        copied[2] = nn.SiLU()
+        assert gk.fused_chains(copied) == {"1": "batch_norm", "5": "batch_norm"}
+        assert gk.fused_chains(model) == FUSED
 
 
-def test_threads_run_one_model_while_others_are_fused():
+def test_copies_can_be_stacked():
+    model = gk.convert(block())
+    models = [model, copy.deepcopy(model), copy.deepcopy(model)]
+    parameters, _ = torch.func.stack_module_state(models)
+    assert parameters["0.weight"].shape == (3, 8, 3, 3, 3)
+
+
+def test_threads_run_one_model_while_others_are_converted():
     torch.manual_seed(0)
     model = gk.convert(block()).eval()
     x = torch.randn(2, 3, 6, 6)
@@ -494,7 +519,7 @@ def test_threads_run_one_model_while_others_are_fused():
     def copies():
         try:
             for _ in range(8):
-                copy.deepcopy(model)  # fused anew
+                gk.convert(block())
         except Exception as error:
             wrong.append(error)
 

@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import gradaug_kernels as gk
 from gradaug_kernels.state import ChannelsLastWeight
+from gradaug_kernels.train.average import WeightAverage
 
 NHWC = torch.channels_last
 
@@ -188,6 +189,16 @@ def test_an_average_made_before_calibration_goes_on(use_buffers):
     mean = model[1].running_mean_0_5
     assert mean.abs().sum() > 0
     torch.testing.assert_close(average.module[1].running_mean_0_5, mean / 2 if use_buffers else mean)
+
+
+def test_our_average_goes_on_after_calibration():
+    model = converted(widths=(0.5, 1.0))
+    average = WeightAverage(model, 0.5)
+    gk.calibrate(model, [0.9], [images()])
+    expected = average.model[0].weight.clone()
+    average.update(change(model))
+    decay = 2 / 11
+    torch.testing.assert_close(average.model[0].weight, decay * expected + (1 - decay) * model[0].weight)
 
 
 def test_calibrated_statistics_go_where_buffers_go():
