@@ -59,7 +59,6 @@ class Use(NamedTuple):
 
     what: str
     where: str
-    is_output: bool  # whether what comes of it may still be an output, of channels that are kept whole
 
 
 class Stopped(Exception):
@@ -595,7 +594,7 @@ class Follower(TorchDispatchMode):
         self.classes = classes or Classes()
         self.record: list[tuple] = []
         self.expected, self.width_of, self.kept = expected, width_of, kept
-        self.answer, self.answered = answer, False
+        self.answer = answer
         self.uses: dict[str, Use] = {}  # source -> its first use of the kind
         self._values: dict[int, Value] = {}
         self._foreign: set[int] = set()  # storages that hold values that labels no longer tell
@@ -626,13 +625,13 @@ class Follower(TorchDispatchMode):
         owner = f"'{origin}'" if isinstance(origin, str) else f"a tensor of fixed size {tuple(tensor.shape)}"
         return f"combines {owner} (by {name.strip('_')}) with"
 
-    def mix(self, sources, what: str, is_output: bool = True) -> None:
+    def mix(self, sources, what: str) -> None:
         """Note a use that is not the same in a sub-network."""
         if all(source in self.uses for source in sources):
             return
         where = place(self.names)
         for source in sorted(sources):
-            self.uses.setdefault(source, Use(what, where, is_output))
+            self.uses.setdefault(source, Use(what, where))
 
     # -- operators
 
@@ -679,7 +678,9 @@ class Follower(TorchDispatchMode):
             constants = ()  # DropBlock divides by the mean of what it has drawn, over all channels
         entry = (_VIEWS.get(name, func), tuple(value.origin for value in values), constants)
         if self.expected is not None:
-            return self._compare(entry, outs, out, noise)
+            self._compare(entry, outs, noise)
+            self._note_writes(operands, values, outs, self.value(outs[0]).dimensions if outs else None)
+            return out
 
         sources = frozenset().union(*(value.sources for value in values))
         call = _Call(self, func, args, kwargs, list(zip(operands, values, strict=True)), sizes, out)
@@ -697,9 +698,7 @@ class Follower(TorchDispatchMode):
                 self.mix(mixed, str(error))
                 sources |= mixed
                 dimensions = None
-        for operand, value in zip(operands, values, strict=True):
-            if any(operand is written for written in outs):
-                self._write(operand, value, dimensions)
+        self._note_writes(operands, values, outs, dimensions)
         known = []
         for tensor in outs:
             fits = dimensions is not None and len(dimensions) == tensor.dim()
@@ -719,6 +718,11 @@ class Follower(TorchDispatchMode):
             raise Stopped(f"runs over {_MOST_OPERATORS} operators")
         self.record.append((*entry, tuple(zip((tuple(out.shape) for out in outs), known, strict=True))))
 
+    def _note_writes(self, operands, values, outs, dimensions: Dimensions | None) -> None:
+        for operand, value in zip(operands, values, strict=True):
+            if any(operand is written for written in outs):
+                self._write(operand, value, dimensions)
+
     def _write(self, tensor: Tensor, before: Value, dimensions: Dimensions | None) -> None:
         """An operator in place changes what other views of the same memory hold."""
         after = dimensions or (None,) * tensor.dim()
@@ -736,12 +740,11 @@ class Follower(TorchDispatchMode):
     def _answer(self, tensor: Tensor | None, name: str):
         if self.answer is None or tensor is None or (name == "_local_scalar_dense" and tensor.dtype != torch.bool):
             raise Stopped("needs the value of a tensor (as `if x.sum() > 0` or x.item() do)")
-        self.answered = True
         return self.answer
 
     # -- a narrow run beside the one at full width
 
-    def _compare(self, entry, outs, out, is_noise):
+    def _compare(self, entry, outs, is_noise: bool) -> None:
         step = len(self.record)
         if step >= len(self.expected):
             raise Differs("computes more than at width 1")
@@ -759,7 +762,6 @@ class Follower(TorchDispatchMode):
             self._values[id(tensor)] = Value(dimensions, frozenset(), (step, i), is_noise)
             known.append(dimensions)
         self._append(entry, outs, known)
-        return out
 
     def check_sizes(self, narrow: torch.Size, full: tuple[int, ...], dimensions: Dimensions) -> None:
         """That every dimension with channels is as narrow as its source, and every other one as it was."""
@@ -786,7 +788,8 @@ class Follower(TorchDispatchMode):
             self._inside = False
         entry = (f"layer {name}", (value.origin,), ())
         if self.expected is not None:
-            return self._compare(entry, [out], out, False)
+            self._compare(entry, [out], False)
+            return out
         known = dimensions(value.dimensions)
         self._alive.append(out)
         self._values[id(out)] = Value(known, frozenset(), (len(self.record), 0))
