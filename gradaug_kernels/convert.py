@@ -68,8 +68,10 @@ def convert(
     plan = make_plan(model, divisor, keep, example, _build)
     modules = dict(model.named_modules())
     layers = {name: _build(modules[name], found) for name, found in plan.items()}
+    with torch.inference_mode(False):  # a weight that is stored anew there could not be trained
+        for name, layer in layers.items():
+            _finish(layer, plan, layers, plan[name], widths)
     for name, layer in layers.items():
-        _finish(layer, plan, layers, plan[name], widths)
         if layer is not modules[name]:
             carry_over_hooks(modules[name], layer)
     swap(model, {id(modules[name]): layer for name, layer in layers.items()})

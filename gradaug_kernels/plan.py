@@ -28,7 +28,7 @@ from .follow import (
     without_data,
 )
 from .fuse import _Fused
-from .nn import FastSlimConv2d, SlimBatchNorm2d, SlimLinear
+from .nn import _HOOKS, FastSlimConv2d, SlimBatchNorm2d, SlimLinear
 
 PROVEN_WIDTHS = (0.5, 0.7)  # each leaves every layer a channel, and odd numbers of them
 _LOCK = threading.Lock()  # the process has one state of Python's random numbers
@@ -83,13 +83,23 @@ def make_plan(model: nn.Module, divisor: int, keep: Iterable[str], example: Any,
                     f"convert cannot follow {type(model).__name__}, which {error}; keep=('name', ...) names the layers "
                     "that keep all their outputs, and both branches are followed then"
                 ) from None
-            run = _Followed(model, kept, divisor, True)
-            run.follow(_examples(model, example), generators)
-            run.answers = (True, False)
-            run.follow_again(False, generators)
-        plan = run.decide(is_traced=run.answers == (None,))
+            run = _follow_branches(model, kept, divisor, example, generators)
+        plan = run.decide()
         run.prove(plan, build, generators)
     return plan
+
+
+def _follow_branches(model: nn.Module, keep: set[str], divisor: int, example: Any, generators) -> "_Followed":
+    """Every `if` on the value of a tensor taken, then none."""
+    run = _Followed(model, keep, divisor, True)
+    try:
+        run.follow(_examples(model, example), generators)
+        run.follow_again(False, generators)
+    except (_NeedsValues, _Shapes) as error:
+        raise ValueError(
+            f"convert cannot follow {type(model).__name__} where values of tensors decide, which {error}"
+        ) from None
+    return run
 
 
 def _named(names: dict[str, nn.Module], keep: Iterable[str]) -> set[str]:
@@ -172,8 +182,8 @@ def _shadow(model: nn.Module) -> nn.Module:
             result = object.__new__(kind._original if issubclass(kind, _Fused) else kind)  # with its own forward
             copies[id(value)] = (result, value)
             for key, attribute in vars(value).items():
-                hooks = key.endswith("_hooks") or key.startswith("_forward_hooks") or "_hooks_" in key
-                vars(result)[key] = kind_of_hooks(attribute) if hooks else copied(attribute)
+                without = key in _HOOKS and isinstance(attribute, dict)
+                vars(result)[key] = type(attribute)() if without else copied(attribute)
             return result
         elif kind in (list, set):
             result = kind(copied(item) for item in value) if value else kind()
@@ -192,9 +202,6 @@ def _shadow(model: nn.Module) -> nn.Module:
         copies[id(value)] = (result, value)
         return result
 
-    def kind_of_hooks(attribute):
-        return type(attribute)() if isinstance(attribute, dict) else attribute
-
     return copied(model)
 
 
@@ -209,7 +216,7 @@ class _Followed:
     """A copy of a network, run at full width, and what that told."""
 
     def __init__(self, model: nn.Module, keep: set[str], divisor: int, answer: bool | None):
-        self.model, self.keep, self.divisor, self.answers = model, keep, divisor, (answer,)
+        self.model, self.keep, self.divisor, self.answer = model, keep, divisor, answer
         self.shadow = _shadow(model)
         self.layers = dict(self.shadow.named_modules())
         self.names = {id(module): name for name, module in self.layers.items()}
@@ -233,21 +240,18 @@ class _Followed:
 
     def follow(self, examples: Iterable[tuple], generators: UntouchedGenerators) -> None:
         """Run every mode with the first of the examples that the network takes."""
-        first_error, shape = None, None
+        first_error, first = None, ()
         for arguments in examples:
             self.forget()
             try:
                 for training in (self.model.training, not self.model.training):
-                    self._run(arguments, training, self.answers[0], generators)
+                    self._run(arguments, training, self.answer, generators)
             except Stopped as error:
                 where = place_of_error(error, self.names)
                 raise _NeedsValues(f"{error} at {where}") from error
             except _Shapes as error:
                 if first_error is None:
-                    first_error, shape = (
-                        error,
-                        [tuple(t.shape) for t in tree_leaves(arguments) if isinstance(t, Tensor)],
-                    )
+                    first_error, first = error, arguments
                 continue
             self.arguments = arguments
             return
@@ -256,7 +260,7 @@ class _Followed:
                 "convert needs a network with nn.Conv2d or nn.Linear layers, "
                 f"got {type(self.model).__name__} without any"
             )
-        shapes = ", ".join(map(str, shape))
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in tree_leaves(first) if isinstance(leaf, Tensor))
         raise ValueError(
             f"convert runs the network once without data, which failed for an input of shape {shapes} "
             f"({first_error}); example= takes an input that fits, or its shape"
@@ -267,14 +271,7 @@ class _Followed:
             try:
                 self._run(self.arguments, training, answer, generators)
             except Stopped as error:
-                where = place_of_error(error, self.names)
-                raise ValueError(
-                    f"convert cannot follow {type(self.model).__name__}, which {error} at {where}"
-                ) from None
-            except _Shapes as error:
-                raise ValueError(
-                    f"convert cannot follow {type(self.model).__name__} where values of tensors decide, got: {error}"
-                ) from None
+                raise _NeedsValues(f"{error} at {place_of_error(error, self.names)}") from error
 
     def _run(self, arguments: tuple, training: bool, answer, generators, narrow: dict | None = None):
         generators.restart()
@@ -345,7 +342,7 @@ class _Followed:
 
     # -- decisions
 
-    def decide(self, is_traced: bool) -> Plan:
+    def decide(self) -> Plan:
         sliced = {name for name, found in self.adapters.items() if found.slim is not None}
         called = set(self.called)
         for name in self.called:
@@ -362,7 +359,7 @@ class _Followed:
                     f"convert needs a network whose sub-networks are its first channels, got one that {use.what} the "
                     f"channels of '{source}' ({use.where}); keep=('{source}',) keeps them whole"
                 )
-        if not is_traced:
+        if self.answer is not None:
             for name in sorted(sliced - called - self.keep):
                 raise ValueError(
                     f"convert must see every layer of a model with branches that depend on values, got '{name}', which "
@@ -570,13 +567,14 @@ def _opaque(run, follower, name, module, reason, makes_channels):
 
     def forward(*args, **kwargs):
         _called(run, name, False)
+        args, kwargs = tree_map(without_data, (args, kwargs))
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         labelled = {d.source for t in tensors for d in follower.value(t).dimensions if isinstance(d, Channels)}
         where = f"{describe(name)}: {reason}"
         if makes_channels and name not in run.keep:
             raise _Refused(f"convert needs layers that can be sliced, got {_kind(module)} at {where}")
         if labelled and follower.expected is None:
-            follower.mix(labelled, f"has {_kind(module)} at {where}, reading", is_output=False)
+            follower.mix(labelled, f"has {_kind(module)} at {where}, reading")
         follower._inside = True
         try:
             outputs = original(*args, **kwargs)

@@ -255,6 +255,22 @@ def pruned():
     return nn.utils.prune.l1_unstructured(nn.Conv2d(8, 8, 3), "weight", 0.5)
 
 
+def marked(x):
+    mask = torch.zeros(x.shape[1], dtype=x.dtype)
+    mask[:4] = 1
+    return x * mask[:, None, None]
+
+
+def shifted(x):
+    y = torch.zeros_like(x)
+    y[:, :-1] = x[:, 1:]
+    return y
+
+
+def multiplied(x):
+    return torch.mul(x, torch.arange(x.shape[1], dtype=x.dtype)[:, None, None], out=torch.empty_like(x))
+
+
 def shuffle(x):
     n, c, h, w = x.shape
     return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
@@ -295,6 +311,18 @@ def shuffle(x):
         (Apply(lambda x: F.cosine_similarity(x, x + 1, dim=1)[:, None] * x), "over the channels"),
         (Apply(lambda x: torch.einsum("nchw,nchv->nchw", x, x)), "the channels of '0'"),
         (Apply(lambda x: torch.stack(x.unbind(1), 1)), "concatenates or splits"),
+        (Apply(marked), "a tensor of fixed size"),
+        (Apply(shifted), "takes a part of"),
+        (Apply(multiplied), "a tensor of fixed size"),
+        (Apply(lambda x: x.transpose(1, 2).reshape(x.shape)), "rearranges, by a view or a reshape"),
+        (
+            Apply(lambda x: x.reshape(x.shape[0] * 2, -1, *x.shape[2:]).reshape_as(x)),
+            "rearranges, by a view or a reshape",
+        ),
+        (Apply(lambda x: x * 2 if x.shape[1] > 5 else x), "computes something else than at width 1"),
+        (Apply(lambda x: x * torch.tensor(float(x.shape[1]))), "computes with other values than at width 1"),
+        (Apply(lambda x: x * torch.full((1,), x.shape[1])), "number that depends on the number of channels"),
+        (Apply(lambda x: x * torch.ones(x.shape[1]).sum()), "number that depends on the number of channels"),
         (Apply(lambda x: x / x.shape[1]), "computes with a number that depends on the number of channels"),
         (Apply(lambda x: x * torch.linspace(0, 1, x.shape[1])[:, None, None]), "a tensor of fixed size"),
         (Apply(lambda x: F.unfold(x, 3).view(x.shape[0], x.shape[1], -1, 1)), "unfolds"),
