@@ -4,6 +4,10 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser):
+    parser.addoption("--cases", type=int, default=2000, help="calls that the property tests draw, all together")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def poisoned_memory():
     """`torch.empty` returns NaN (the largest value for integers): a kernel that reads what nobody wrote is caught."""

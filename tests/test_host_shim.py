@@ -17,6 +17,11 @@ import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate
 from cases import NCHW, NHWC, BatchNormCase, ConvCase, batch_norm_cases, conv_cases
+from hypothesis import strategies as st
+from property_cases import conv_cases as drawn_conv_cases
+from property_checks import assert_close
+from property_oracle import Approx, conv2d, conv2d_input_grad, conv2d_weight_grad, unit
+from property_runner import run as run_property
 from torch._prims_common import suggest_memory_format
 from torch_batch_norm import EPS, assert_statistics, torch_batch_norm
 
@@ -383,6 +388,58 @@ def test_slim_conv2d(conv_results, which, sanitizer):
     print(f"\n{which} under {sanitizer}, {len(JOBS_UNDER[sanitizer])} cases; worst error / largest value:")
     for kind, (ours, theirs) in worst.items():
         print(f"  {kind:9} {ours:.1e}, PyTorch's {theirs:.1e}")
+
+
+# ---- Sliced convolution, random cases
+
+
+@st.composite
+def conv_jobs_drawn(draw):
+    """A job of any geometry that property_cases.py draws, in the layouts of ConvCase."""
+    drawn = draw(drawn_conv_cases(budget=20000))
+    batch, channels, *size = drawn.shape
+    case = ConvCase(
+        "drawn",
+        max(1, batch),
+        tuple(max(1, length) for length in size),
+        (channels, drawn.out),
+        *(drawn.kernel, drawn.stride, drawn.padding, drawn.dilation, drawn.groups),
+        wider=drawn.wider[::-1],
+        bias=drawn.bias,
+        x_layout=draw(st.sampled_from(("nhwc", "nchw", "wide", "swapped"))),
+        weight_format=draw(st.sampled_from((NHWC, NCHW))),
+    )
+    kind = draw(st.sampled_from(((HALF, None), (SINGLE, None), (HALF, SINGLE), (BFLOAT, SINGLE), (DOUBLE, None))))
+    tf32 = kind[0] == SINGLE and draw(st.booleans())
+    return ConvJob(case, kind[0], tf32, kind[1], draw(st.sampled_from((1, 4, 16))))
+
+
+def test_slim_conv2d_of_random_cases(request, runners, tmp_path):
+    """Tens of calls, a fiftieth of --cases, each pass against float64 within what rounding explains."""
+
+    def check(job):
+        requests, buffers = zip(*(conv_request(job, which) for which in PASSES), strict=True)
+        done = run(runners["run_slim_conv2d", "asan"], requests, tmp_path / "drawn")
+        assert done.returncode == 0, f"{job!r}\n{done.stderr[-4000:]}"
+        for buffer, (name, expected) in zip(buffers, expected_results(job).items(), strict=True):
+            assert buffer.outside().isnan().all(), f"{job!r}: memory outside the slice of {name} was written"
+            assert_close(f"{job!r}: {name}", buffer.view(), expected)
+
+    run_property(request, conv_jobs_drawn(), request.config.getoption("--cases") // 50, check)
+
+
+def expected_results(job: ConvJob) -> dict:
+    """Of PASSES, with their bounds."""
+    x, weight, bias, dy = (None if t is None else Approx.of(t) for t in conv_tensors(job))
+    w, geometry, u = job.case.slice(weight.value), job.case.geometry, unit(job.dtype)
+    old = Approx.of(job.case.slice(conv_tensors(job)[1]).to(job.buffer or job.dtype))
+    x, w, dy = (t.stored(torch.float16) if job.tf32 else t for t in (x, Approx.of(w), dy))  # as many bits as TF32
+    dw = old + conv2d_weight_grad(dy, x, w.value.shape, geometry, u)
+    return {
+        "y": conv2d(x, w, bias, geometry, u).stored(job.dtype),
+        "dx": conv2d_input_grad(dy, w, x.value.shape, geometry, u).stored(job.dtype),
+        "dw": dw.stored(job.buffer or job.dtype),
+    }
 
 
 # ---- Batch norm
