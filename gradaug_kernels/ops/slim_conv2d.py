@@ -32,7 +32,6 @@ from .._library import (
     not_differentiable,
 )
 from ._common import (
-    LOW_PRECISION,
     autocast_parameter,
     bias_grad,
     check_floating,
@@ -146,11 +145,12 @@ def _for_torch(x: Tensor, stride) -> Tensor:
     """x as PyTorch's convolutions take it without fault on the CPU; csrc/cpu/slim_conv2d.cpp says which there are."""
     if x.device.type != "cpu":
         return x
-    if x.dtype in LOW_PRECISION and x.shape[3] < stride[1]:
-        return x.float()
-    if x.shape[0] == 1 and x.stride(0) != x.numel():
-        return x.as_strided(x.shape, (x.numel(), *x.stride()[1:]))
-    return x
+    if x.shape[3] < stride[1]:
+        return x.double()
+    _, c, h, w = x.shape
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x.as_strided(x.shape, (h * w * c, 1, w * c, c))
+    return x.as_strided(x.shape, (c * h * w, h * w, w, 1)) if x.is_contiguous() else x
 
 
 def slim_conv2d_composition(x, weight, bias, out_channels, stride, padding, dilation, groups):
