@@ -8,6 +8,7 @@
 //                    The h with (h + padding) mod stride = phase share their taps: one gather for each phase.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -49,6 +50,15 @@ inline GatherAxis input_grad_gather(const ConvAxis& axis, int64_t phase) {
     gather.tap.push_back(t);
   }
   return gather;
+}
+
+// Those of all phases that have a pixel, of which a long stride leaves some without.
+inline std::vector<GatherAxis> input_grad_gathers(const ConvAxis& axis) {
+  std::vector<GatherAxis> gathers;
+  for (int64_t first = 0; first < std::min(axis.stride, axis.inputs); first++) {
+    gathers.push_back(input_grad_gather(axis, (first + axis.padding) % axis.stride));
+  }
+  return gathers;
 }
 
 }  // namespace gradaug

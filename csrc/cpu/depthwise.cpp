@@ -269,11 +269,9 @@ void depthwise_forward(const DepthwiseKernels& kernels, int64_t batch, const Con
 
 void depthwise_input_grad(const DepthwiseKernels& kernels, int64_t batch, const ConvAxis& h, const ConvAxis& w,
                           const Image& dy, const GroupedWeight& weight, const Image& dx, int64_t channels, int group) {
-  std::vector<GatherAxis> rows, columns;
-  for (int64_t phase = 0; phase < h.stride; phase++) rows.push_back(input_grad_gather(h, phase));
-  for (int64_t phase = 0; phase < w.stride; phase++) columns.push_back(input_grad_gather(w, phase));
   const Buffer factors = packed(weight, channels, h.kernel, w.kernel, group, kernels.lanes, /*input_grad=*/true);
-  gather(kernels, batch, rows, columns, dy, factors, h.kernel, w.kernel, nullptr, dx, h.inputs, channels, group);
+  gather(kernels, batch, input_grad_gathers(h), input_grad_gathers(w), dy, factors, h.kernel, w.kernel, nullptr, dx,
+         h.inputs, channels, group);
 }
 
 // ---- weight gradient

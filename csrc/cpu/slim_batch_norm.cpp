@@ -367,7 +367,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<
                                            const std::optional<Tensor>& bias, const std::optional<Tensor>& given_mean,
                                            const std::optional<Tensor>& given_var,
                                            const std::optional<Tensor>& residual, bool relu, double eps) {
-  check_forward(x, weight, bias, given_mean, given_var, residual);
+  check_forward(x, weight, bias, given_mean, given_var, residual, eps);
   const Layout layout(x);
   const int64_t channels = x.size(1);
   Tensor y = layout.empty(x);                                   // [N, C, H, W]
@@ -397,7 +397,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
                                                     const std::optional<Tensor>& bias, const Tensor& mean_tensor,
                                                     const Tensor& var_tensor, bool batch_stats, bool needs_dz,
                                                     double eps) {
-  check_backward(dy, x, y, weight, bias, mean_tensor, var_tensor);
+  check_backward(dy, x, y, weight, bias, mean_tensor, var_tensor, eps);
   const Layout layout(x);
   const int64_t channels = x.size(1);
   Tensor dx = layout.empty(x);                                           // [N, C, H, W]
@@ -451,6 +451,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
 
 void record_(Tensor& running_mean, Tensor& running_var, Tensor& num_batches, const Tensor& mean, const Tensor& var,
              int64_t values, std::optional<double> momentum) {
+  check_records(running_mean, running_var, num_batches, mean, var, values);
   const int64_t count = ++*num_batches.mutable_data_ptr<int64_t>();
   const double factor = momentum.value_or(1.0 / static_cast<double>(count));
   const double unbiased = static_cast<double>(values) / static_cast<double>(values - 1);

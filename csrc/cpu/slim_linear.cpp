@@ -9,6 +9,7 @@
 
 #include <optional>
 
+#include "checks.h"
 #include "conv.h"
 #include "tensors.h"
 
@@ -59,6 +60,7 @@ std::vector<int64_t> with_features(const Tensor& t, int64_t features) {
 }
 
 Tensor slim_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features) {
+  check_linear_forward(x, weight, bias, out_features);
   NoAutocast guard;
   const Tensor w = weight.narrow(0, 0, out_features).narrow(1, 0, x.size(-1));  // [out, F]
   const auto b = bias ? std::optional<Tensor>(bias->narrow(0, 0, out_features)) : std::nullopt;
@@ -73,6 +75,7 @@ Tensor slim_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
 }
 
 Tensor slim_linear_input_grad(const Tensor& dy, const Tensor& weight, int64_t in_features) {
+  check_linear_input_grad(dy, weight, in_features);
   NoAutocast guard;
   const Tensor w = weight.narrow(0, 0, dy.size(-1)).narrow(1, 0, in_features);  // [out, F]
   const Kernels* kernels = kernels_for(dy);
@@ -83,6 +86,8 @@ Tensor slim_linear_input_grad(const Tensor& dy, const Tensor& weight, int64_t in
 }
 
 void slim_linear_weight_grad_(const Tensor& dy, const Tensor& x, Tensor& dweight) {
+  check_linear_weight_grad(dy, x, dweight);
+  check_gradient_buffer(dweight, dy, x);
   NoAutocast guard;
   const Tensor outputs = rows(dy), inputs = rows(x);                                   // [N, out], [N, F]
   Tensor target = dweight.narrow(0, 0, outputs.size(1)).narrow(1, 0, inputs.size(1));  // [out, F]
@@ -106,6 +111,7 @@ void slim_linear_weight_grad_(const Tensor& dy, const Tensor& x, Tensor& dweight
 }
 
 Tensor slim_linear_weight_grad(const Tensor& dy, const Tensor& x, const Tensor& weight) {
+  check_linear_weight_grad(dy, x, weight);
   const bool whole = dy.size(-1) == weight.size(0) && x.size(-1) == weight.size(1);
   if (whole && dy.scalar_type() == weight.scalar_type() && weight.is_contiguous()) return at::mm(rows(dy).t(), rows(x));
   Tensor dweight = at::zeros_like(weight);

@@ -15,6 +15,7 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/slim_batch_norm_kernels.h"
 
 namespace {
@@ -46,8 +47,9 @@ Axis axis(int i, IntArrayRef inputs, IntArrayRef outputs, IntArrayRef kernel, In
 
 std::tuple<Tensor, Tensor> slim_max_pool2d(const Tensor& x, IntArrayRef kernel, IntArrayRef stride,
                                            IntArrayRef padding) {
-  std::vector<int64_t> size{x.size(0), x.size(1)};
-  for (int i = 0; i < 2; i++) size.push_back((x.size(2 + i) + 2 * padding[i] - kernel[i]) / stride[i] + 1);
+  gradaug::check_dims("x", x, 4, "[N, C, H, W]");
+  gradaug::check_floating("x", x);
+  const auto size = gradaug::check_pooling(x.sizes(), kernel, stride, padding);
   const auto options = x.options().memory_format(at::MemoryFormat::ChannelsLast);
   Tensor y = at::empty(size, options), offset = at::empty(size, options.dtype(at::kByte));
   const Tensor input = nhwc(x);
@@ -86,6 +88,7 @@ std::tuple<Tensor, Tensor> slim_max_pool2d(const Tensor& x, IntArrayRef kernel, 
 
 Tensor slim_max_pool2d_backward(const Tensor& dy, const std::optional<Tensor>& y, const Tensor& offset,
                                 IntArrayRef input_size, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding) {
+  gradaug::check_pooling_backward(dy, y, offset, input_size, kernel, stride, padding);
   Tensor dx = at::empty(input_size, dy.options().memory_format(at::MemoryFormat::ChannelsLast));
   const Tensor gradient = nhwc(dy), maximum = y ? nhwc(*y) : Tensor(), position = nhwc(offset);
   const Axis h = axis(0, input_size, dy.sizes(), kernel, stride, padding);

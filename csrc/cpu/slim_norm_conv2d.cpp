@@ -6,6 +6,7 @@
 #include <optional>
 #include <tuple>
 
+#include "checks.h"
 #include "operators.h"
 
 namespace {
@@ -32,6 +33,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_(const Tensor& dy, const Tensor& x, 
                                              bool relu, double eps, const Tensor& weight, Tensor& dweight,
                                              Integers stride, Integers padding, Integers dilation, SymInt groups,
                                              bool needs_dx, bool needs_dweight) {
+  if (needs_dweight) gradaug::check_apart("dweight", dweight, "x", x);  // which is read after dweight is written
   MaybeTensor a;
   if (needs_dweight || (needs_dx && relu)) {
     a = std::get<0>(slim_batch_norm().call(x, gamma, beta, mean, var, std::nullopt, relu, eps));

@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<
                                            const std::optional<Tensor>& bias, const std::optional<Tensor>& given_mean,
                                            const std::optional<Tensor>& given_var,
                                            const std::optional<Tensor>& residual, bool relu, double eps) {
-  check_forward(x, weight, bias, given_mean, given_var, residual);
+  check_forward(x, weight, bias, given_mean, given_var, residual, eps);
   const c10::cuda::CUDAGuard guard(x.device());
   const Layout layout(x);
   Tensor y = layout.empty(x);  // [N, C, H, W]
@@ -108,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
                                                     const std::optional<Tensor>& weight,
                                                     const std::optional<Tensor>& bias, const Tensor& mean,
                                                     const Tensor& var, bool batch_stats, bool needs_dz, double eps) {
-  check_backward(dy, x, y, weight, bias, mean, var);
+  check_backward(dy, x, y, weight, bias, mean, var, eps);
   const c10::cuda::CUDAGuard guard(x.device());
   const Layout layout(x);
   Tensor dx = layout.empty(x);                                           // [N, C, H, W]

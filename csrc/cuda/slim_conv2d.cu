@@ -12,6 +12,10 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
+#include <initializer_list>
+
+#include "checks.h"
+
 namespace {
 
 using at::IntArrayRef;
@@ -44,38 +48,26 @@ void with_type(at::ScalarType dtype, const char* name, F f) {
 
 bool allow_tf32() { return at::globalContext().allowTF32CuDNN(at::Float32Op::CONV); }
 
-int to_int(int64_t value, const char* what) {
-  TORCH_CHECK_VALUE(value >= 0 && value <= INT32_MAX, what, " must be at most ", INT32_MAX, ", got ", value);
-  return static_cast<int>(value);
+// The kernels count in 32 bits.
+void check_countable(const char* what, std::initializer_list<int64_t> sizes, int64_t most = INT32_MAX) {
+  int64_t room = most;
+  for (const int64_t size : sizes) room = size > 0 ? room / size : most;
+  TORCH_CHECK_VALUE(room > 0, what, " must be at most ", most, ", got the product of ",
+                    IntArrayRef(sizes.begin(), sizes.size()));
 }
 
-// Sizes of a convolution, checked as far as the kernels' memory accesses and index types depend on them.
-Shape shape_of(IntArrayRef x, IntArrayRef y, IntArrayRef kernel, int64_t weight_out, int64_t weight_in,
-               IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
-  TORCH_CHECK_VALUE(groups >= 1 && x[1] % groups == 0 && y[1] % groups == 0, "groups must divide ", x[1], " input and ",
-                    y[1], " output channels, got ", groups);
-  TORCH_CHECK_VALUE(y[1] >= 1 && y[1] <= weight_out, "out_channels must be in [1, ", weight_out, "], got ", y[1]);
-  TORCH_CHECK_VALUE(x[1] >= 1 && x[1] / groups <= weight_in, "x must have between 1 and ", weight_in * groups,
-                    " channels, got ", x[1]);
-  TORCH_CHECK_VALUE(x[0] == y[0], "dy must have the batch size of x, ", x[0], ", got ", y[0]);
-  for (int a = 0; a < 2; ++a) {
-    TORCH_CHECK_VALUE(stride[a] >= 1 && padding[a] >= 0 && dilation[a] >= 1 && kernel[a] >= 1,
-                      "stride, dilation and kernel must be at least 1 and padding at least 0, got ", stride, ", ",
-                      dilation, ", ", kernel, ", ", padding);
-    const int64_t room = x[2 + a] + 2 * padding[a] - dilation[a] * (kernel[a] - 1) - 1;
-    TORCH_CHECK_VALUE(room >= 0 && y[2 + a] == room / stride[a] + 1, "the output must have ",
-                      room < 0 ? 0 : room / stride[a] + 1, " pixels along axis ", a, ", got ", y[2 + a]);
-  }
+// The sizes of a convolution that checks.h has seen.
+Shape shape_of(IntArrayRef x, IntArrayRef y, IntArrayRef weight, IntArrayRef stride, IntArrayRef padding,
+               IntArrayRef dilation, int64_t groups) {
   // A phase of the stride counts at most (size + stride) pixels along each axis.
-  to_int(x[0] * (x[2] + stride[0]) * (x[3] + stride[1]), "the input's number of pixels");
-  to_int(y[0] * y[2] * y[3], "the output's number of pixels");
-  to_int((x[2] + 2 * padding[0]) * 2 + (x[3] + 2 * padding[1]) * 2, "the padded image's size");
-  to_int(weight_out * kernel[0] * kernel[1] * (weight_in + 8), "the weight's number of elements");
-  TORCH_CHECK_VALUE(groups * stride[0] * stride[1] <= 65535, "groups * stride * stride must be at most 65535, got ",
-                    groups * stride[0] * stride[1]);
+  check_countable("the input's number of pixels", {x[0], x[2] + stride[0], x[3] + stride[1]});
+  check_countable("the output's number of pixels", {y[0], y[2], y[3]});
+  check_countable("the padded image's size", {2, x[2] + 2 * padding[0] + x[3] + 2 * padding[1]});
+  check_countable("the weight's number of elements", {weight[0], weight[2], weight[3], weight[1] + 8});
+  check_countable("groups * stride * stride", {groups, stride[0], stride[1]}, 65535);
   auto i = [](int64_t value) { return static_cast<int>(value); };
   return {i(x[0]),          i(x[2]),       i(x[3]),        i(y[2]),       i(y[3]),      i(x[1] / groups),
-          i(y[1] / groups), i(groups),     i(kernel[0]),   i(kernel[1]),  i(stride[0]), i(stride[1]),
+          i(y[1] / groups), i(groups),     i(weight[2]),   i(weight[3]),  i(stride[0]), i(stride[1]),
           i(padding[0]),    i(padding[1]), i(dilation[0]), i(dilation[1])};
 }
 
@@ -105,28 +97,12 @@ Path path_of(const Shape& shape) {
   return choose_path<T>(shape, std::is_same_v<T, float> && allow_tf32());
 }
 
-void check_alike(const Tensor& tensor, const Tensor& to, const char* name) {
-  TORCH_CHECK_VALUE(tensor.is_cuda() && tensor.device() == to.device(), name, " must be on ", to.device(), ", got ",
-                    tensor.device());
-  TORCH_CHECK_TYPE(tensor.scalar_type() == to.scalar_type(), name, " must be ", to.scalar_type(), ", got ",
-                   tensor.scalar_type());
-}
-
 Tensor slim_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_channels,
                    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
-  check_alike(weight, x, "weight");
-  if (bias) {
-    check_alike(*bias, x, "bias");
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) >= out_channels, "bias must have at least ", out_channels,
-                      " elements, got shape ", bias->sizes());
-  }
+  const auto size =
+      gradaug::check_conv_forward(x, weight, bias, out_channels, stride, padding, dilation, groups);  // of y
   const c10::cuda::CUDAGuard guard(x.device());
-  int64_t size[] = {x.size(0), out_channels, 0, 0};
-  for (int a = 0; a < 2; ++a) {
-    size[2 + a] = (x.size(2 + a) + 2 * padding[a] - dilation[a] * (weight.size(2 + a) - 1) - 1) / stride[a] + 1;
-  }
-  const Shape shape = shape_of(x.sizes(), size, weight.sizes().slice(2), weight.size(0), weight.size(1), stride,
-                               padding, dilation, groups);
+  const Shape shape = shape_of(x.sizes(), size, weight.sizes(), stride, padding, dilation, groups);
   const Tensor y = at::empty(size, x.options().memory_format(memory_format(x, weight)));
   if (y.numel() == 0) return y;
   with_type(x.scalar_type(), "x", [&](auto* null) {
@@ -146,10 +122,9 @@ Tensor slim_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Te
 
 Tensor slim_conv2d_input_grad(const Tensor& dy, const Tensor& weight, IntArrayRef input_size, IntArrayRef stride,
                               IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
-  check_alike(weight, dy, "weight");
+  gradaug::check_conv_input_grad(dy, weight, input_size, stride, padding, dilation, groups);
   const c10::cuda::CUDAGuard guard(dy.device());
-  const Shape shape = shape_of(input_size, dy.sizes(), weight.sizes().slice(2), weight.size(0), weight.size(1), stride,
-                               padding, dilation, groups);
+  const Shape shape = shape_of(input_size, dy.sizes(), weight.sizes(), stride, padding, dilation, groups);
   Tensor dx = at::empty(input_size, dy.options().memory_format(memory_format(dy, weight)));
   if (dx.numel() == 0) return dx;
   with_type(dy.scalar_type(), "dy", [&](auto* null) {
@@ -167,11 +142,9 @@ Tensor slim_conv2d_input_grad(const Tensor& dy, const Tensor& weight, IntArrayRe
 
 void slim_conv2d_weight_grad_(const Tensor& dy, const Tensor& x, Tensor dweight, IntArrayRef stride,
                               IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
-  check_alike(dy, x, "dy");
-  TORCH_CHECK_VALUE(dweight.device() == x.device(), "dweight must be on ", x.device(), ", got ", dweight.device());
+  gradaug::check_conv_weight_grad(dy, x, dweight, stride, padding, dilation, groups);
   const c10::cuda::CUDAGuard guard(x.device());
-  const Shape shape = shape_of(x.sizes(), dy.sizes(), dweight.sizes().slice(2), dweight.size(0), dweight.size(1),
-                               stride, padding, dilation, groups);
+  const Shape shape = shape_of(x.sizes(), dy.sizes(), dweight.sizes(), stride, padding, dilation, groups);
   if (dy.numel() == 0) return;
   with_type(x.scalar_type(), "x", [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;

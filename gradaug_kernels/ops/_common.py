@@ -19,21 +19,72 @@ def in_autocast(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def check_same_dtype_and_device(x: Tensor, **others: Tensor | None) -> None:
-    """Raises TypeError or ValueError where a parameter does not fit x.
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raises TypeError for integers, booleans and complex numbers."""
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+
+
+def check_same_dtype_and_device(x: Tensor, name: str = "x", **others: Tensor | None) -> None:
+    """Raises TypeError or ValueError where a parameter does not fit x, which the error calls `name`.
 
     On the CPU float32 parameters fit a low-precision x: the kernels round what they read. Inside autocast, which casts
     all, dtypes may differ.
     """
     rounded = x.device.type == "cpu" and x.dtype in LOW_PRECISION
     autocast = in_autocast(x)
-    for name, tensor in others.items():
+    for other, tensor in others.items():
         fits = tensor is None or tensor.dtype == x.dtype or (rounded and tensor.dtype == torch.float32)
         if not fits and not autocast:
             alternative = " or be torch.float32," if rounded else ""
-            raise TypeError(f"{name} must have the dtype of x, {x.dtype},{alternative} got {tensor.dtype}")
+            raise TypeError(f"{other} must have the dtype of {name}, {x.dtype},{alternative} got {tensor.dtype}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{other} must be on the device of {name}, {x.device}, got {tensor.device}")
+
+
+def check_same_device(x: Tensor, **others: Tensor | None) -> None:
+    """Raises ValueError where a tensor is not on the device of x."""
+    for name, tensor in others.items():
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+
+
+def check_gradients_beside(x: Tensor, dy: Tensor, dweight: Tensor) -> None:
+    """Raises TypeError or ValueError where dy is not like x, or dweight, of any floating dtype, is elsewhere."""
+    for name, tensor in (("x", x), ("dweight", dweight)):
+        check_floating(name, tensor)
+    if dy.dtype != x.dtype:
+        raise TypeError(f"dy must have the dtype of x, {x.dtype}, got {dy.dtype}")
+    check_same_device(x, dy=dy, dweight=dweight)
+
+
+def check_written(name: str, buffer: Tensor, **read: Tensor) -> None:
+    """Raises ValueError for a buffer of which several elements are one in memory, or are elements of what is read."""
+    if not buffer.is_contiguous() and _overlaps_itself(buffer):
+        raise ValueError(
+            f"{name} must not overlap itself, got shape {tuple(buffer.shape)} with strides {buffer.stride()}"
+        )
+    storage = buffer.untyped_storage().data_ptr()
+    for other, tensor in read.items():
+        if tensor.untyped_storage().data_ptr() == storage and tensor.numel() and buffer.numel():
+            (begin, end), (other_begin, other_end) = _extent(buffer), _extent(tensor)
+            if begin < other_end and other_begin < end:
+                raise ValueError(f"{name} must not share memory with {other}, got one buffer for both")
+
+
+def _overlaps_itself(t: Tensor) -> bool:
+    """Also for windows that interleave without meeting, which no slice of a dense tensor is."""
+    covered = 1
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1 and stride < covered:
+            return True
+        covered += (size - 1) * stride
+    return False
+
+
+def _extent(t: Tensor) -> tuple[int, int]:
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + elements * t.element_size()
 
 
 def check_gradient_buffer(weight_grad: Tensor, weight: Tensor) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from .._library import define, differentiable, differentiable_once
+from ._common import check_same_device, check_written
 
 
 def _stats_dtype(x: Tensor) -> torch.dtype:
@@ -72,6 +73,7 @@ def check_slim_batch_norm(x, weight, bias, mean, var, residual, relu, eps, names
 
 
 def slim_batch_norm_reference(x, weight, bias, mean, var, residual, relu, eps):
+    check_slim_batch_norm(x, weight, bias, mean, var, residual, relu, eps)
     dtype = _stats_dtype(x)
     z = x.to(dtype)
     if mean is None:
@@ -93,6 +95,7 @@ def slim_batch_norm_reference(x, weight, bias, mean, var, residual, relu, eps):
 
 def _fake(x, weight, bias, mean, var, residual, relu, eps):
     check_slim_batch_norm(x, weight, bias, mean, var, residual, relu, eps)
+    check_same_device(x, weight=weight, bias=bias, mean=mean, var=var, residual=residual)
     stats = x.new_empty(x.shape[1], dtype=_stats_dtype(x))
     y = x.new_empty(x.shape).contiguous(memory_format=suggest_memory_format(x))
     return y, stats, torch.empty_like(stats)
@@ -110,7 +113,20 @@ _slim_batch_norm = define(
 # dz is the residual's gradient; without a ReLU it would be dy itself, so it is computed only with one.
 
 
+def check_slim_batch_norm_backward(dy, x, y, weight, bias, mean, var, batch_stats, needs_dz, eps) -> None:
+    """As check_slim_batch_norm, for the operator of the gradients."""
+    check_slim_batch_norm(x, weight, bias, mean, var, None, False, eps)
+    check_same_device(x, dy=dy, y=y, weight=weight, bias=bias, mean=mean, var=var)
+    for name, tensor in (("dy", dy), ("y", y)):
+        if tensor is not None and (tensor.shape != x.shape or tensor.dtype != x.dtype):
+            raise ValueError(
+                f"{name} must have the shape and dtype of x, {tuple(x.shape)} {x.dtype}, "
+                f"got {tuple(tensor.shape)} {tensor.dtype}"
+            )
+
+
 def slim_batch_norm_backward_reference(dy, x, y, weight, bias, mean, var, batch_stats, needs_dz, eps):
+    check_slim_batch_norm_backward(dy, x, y, weight, bias, mean, var, batch_stats, needs_dz, eps)
     dtype, channels = mean.dtype, x.shape[1]
     dz = dy.to(dtype)
     if y is not None:
@@ -140,6 +156,7 @@ def _full_width(grad: Tensor, parameter: Tensor | None) -> Tensor:
 
 
 def _backward_fake(dy, x, y, weight, bias, mean, var, batch_stats, needs_dz, eps):
+    check_slim_batch_norm_backward(dy, x, y, weight, bias, mean, var, batch_stats, needs_dz, eps)
     dx = x.new_empty(x.shape).contiguous(memory_format=suggest_memory_format(x))
     dz = torch.empty_like(dx) if needs_dz else x.new_empty(0)
     dweight, dbias = (mean.new_empty(0) if p is None else torch.empty_like(p) for p in (weight, bias))
@@ -224,7 +241,32 @@ _apply_precomputed = differentiable(_slim_batch_norm_precomputed, _precomputed_s
 # ---- running statistics
 
 
+def check_slim_batch_norm_record_(running_mean, running_var, num_batches, mean, var, values, momentum) -> None:
+    """Raises ValueError or TypeError where shapes or dtypes do not fit."""
+    for name, running, batch_name, of_batch in (
+        ("running_mean", running_mean, "mean", mean),
+        ("running_var", running_var, "var", var),
+    ):
+        for tensor_name, tensor in ((name, running), (batch_name, of_batch)):
+            if tensor.dim() != 1:
+                raise ValueError(f"{tensor_name} must have one dimension, got {tensor.dim()}")
+            if not tensor.is_floating_point():
+                raise TypeError(f"{tensor_name} must be a floating-point tensor, got {tensor.dtype}")
+        if running.shape[0] < of_batch.shape[0]:
+            raise ValueError(f"{name} must have at least {of_batch.shape[0]} elements, got {running.shape[0]}")
+    if mean.shape != var.shape:
+        raise ValueError(f"mean and var must have as many elements, got {mean.shape[0]} and {var.shape[0]}")
+    if num_batches.numel() != 1 or num_batches.dtype != torch.int64:
+        raise ValueError(f"num_batches must be one int64, got shape {tuple(num_batches.shape)} {num_batches.dtype}")
+    check_same_device(mean, running_mean=running_mean, running_var=running_var, num_batches=num_batches, var=var)
+    if values < 2:
+        raise ValueError(f"values must be at least 2, got {values}")
+
+
 def slim_batch_norm_record__reference(running_mean, running_var, num_batches, mean, var, values, momentum):
+    check_slim_batch_norm_record_(running_mean, running_var, num_batches, mean, var, values, momentum)
+    check_written("running_mean", running_mean, mean=mean, running_var=running_var)
+    check_written("running_var", running_var, var=var)
     num_batches += 1
     factor = 1.0 / float(num_batches) if momentum is None else momentum
     channels, unbiased = mean.shape[0], var * (values / (values - 1))
@@ -236,7 +278,7 @@ _slim_batch_norm_record_ = define(
     "slim_batch_norm_record_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!) num_batches, Tensor mean, "
     "Tensor var, SymInt values, float? momentum) -> ()",
     slim_batch_norm_record__reference,
-    lambda *arguments: None,
+    check_slim_batch_norm_record_,
 )
 
 

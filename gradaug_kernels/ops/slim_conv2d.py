@@ -22,7 +22,19 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from .._library import autocast_rule, define, differentiable, differentiable_into_buffer, differentiable_once
-from ._common import autocast_parameter, bias_grad, check_gradient_buffer, check_same_dtype_and_device, in_autocast
+from ._common import (
+    LOW_PRECISION,
+    autocast_parameter,
+    bias_grad,
+    check_floating,
+    check_gradient_buffer,
+    check_gradients_beside,
+    check_same_dtype_and_device,
+    check_written,
+    in_autocast,
+)
+
+_MOST = 2**31 - 1  # of stride, padding and dilation: what kernels reckon with stays far from 64 bits
 
 
 def _slice(weight: Tensor, out_channels: int, in_channels: int, groups: int) -> Tensor:
@@ -52,23 +64,34 @@ def check_slim_conv2d(x, weight, bias, out_channels, stride, padding, dilation, 
     if weight.dim() != 4:
         raise ValueError(f"weight must be [O, I / groups, KH, KW], got {weight.dim()} dimensions")
     check_same_dtype_and_device(x, weight=weight, bias=bias)
-    in_channels = x.shape[1]
-    if not 0 < out_channels <= weight.shape[0]:
-        raise ValueError(f"out_channels must be in [1, {weight.shape[0]}], got {out_channels}")
-    if groups < 1 or in_channels % groups or out_channels % groups:
-        raise ValueError(f"groups must divide {in_channels} input and {out_channels} output channels, got {groups}")
-    if in_channels < 1 or in_channels // groups > weight.shape[1]:
-        raise ValueError(
-            f"x must have between 1 and {weight.shape[1] * groups} channels "
-            f"({weight.shape[1]} for each of {groups} groups), got {in_channels}"
-        )
+    check_sizes(x.shape, weight.shape, out_channels, stride, padding, dilation, groups)
     if bias is not None and (bias.dim() != 1 or bias.shape[0] < out_channels):
         raise ValueError(f"bias must have at least {out_channels} elements, got shape {tuple(bias.shape)}")
+
+
+def check_sizes(x_size, weight_size, out_channels, stride, padding, dilation, groups) -> None:
+    """The part of check_slim_conv2d that is about sizes: [N, C, H, W] and [O, I / groups, KH, KW]."""
+    in_channels = x_size[1]
+    if not 0 < out_channels <= weight_size[0]:
+        raise ValueError(f"out_channels must be in [1, {weight_size[0]}], got {out_channels}")
+    if groups < 1 or in_channels % groups or out_channels % groups:
+        raise ValueError(f"groups must divide {in_channels} input and {out_channels} output channels, got {groups}")
+    if in_channels < 1 or in_channels // groups > weight_size[1]:
+        raise ValueError(
+            f"x must have between 1 and {weight_size[1] * groups} channels "
+            f"({weight_size[1]} for each of {groups} groups), got {in_channels}"
+        )
     for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         if len(pair) != 2 or min(pair) < least:
             raise ValueError(f"{name} must be two integers of at least {least}, got {tuple(pair)}")
-    for axis, size in enumerate(x.shape[2:]):
-        window = dilation[axis] * (weight.shape[2 + axis] - 1) + 1
+        if max(pair) > _MOST:
+            raise ValueError(f"{name} must be at most {_MOST}, got {tuple(pair)}")
+    if weight_size[2] < 1 or weight_size[3] < 1:
+        raise ValueError(f"the size of the kernel must be two integers of at least 1, got {tuple(weight_size[2:])}")
+    if x_size[2] < 1 or x_size[3] < 1:
+        raise ValueError(f"the size of the image must be two integers of at least 1, got {tuple(x_size[2:])}")
+    for axis, size in enumerate(x_size[2:]):
+        window = dilation[axis] * (weight_size[2 + axis] - 1) + 1
         if size + 2 * padding[axis] < window:
             raise ValueError(
                 f"the padded image must be at least as large as the dilated kernel, {window}, "
@@ -76,13 +99,57 @@ def check_slim_conv2d(x, weight, bias, out_channels, stride, padding, dilation, 
             )
 
 
+def _check_output_gradient(dy, x_size, weight, stride, padding, dilation, groups) -> None:
+    check_sizes(x_size, weight.shape, dy.shape[1], stride, padding, dilation, groups)
+    size = [_output_size(x_size[2 + a], weight.shape[2 + a], stride[a], padding[a], dilation[a]) for a in (0, 1)]
+    expected = (x_size[0], dy.shape[1], *size)
+    if tuple(dy.shape) != expected:
+        raise ValueError(f"dy must have the shape of the output, {expected}, got {tuple(dy.shape)}")
+
+
+def check_slim_conv2d_input_grad(dy, weight, input_size, *geometry) -> None:
+    """As check_slim_conv2d, for the operator of the input gradient."""
+    if dy.dim() != 4 or weight.dim() != 4 or len(input_size) != 4:
+        raise ValueError(
+            "dy must be [N, out, OH, OW], weight [O, I / groups, KH, KW] and input_size four integers, got "
+            f"{dy.dim()}, {weight.dim()} and {len(input_size)} of them"
+        )
+    check_floating("dy", dy)
+    check_same_dtype_and_device(dy, name="dy", weight=weight)
+    _check_output_gradient(dy, input_size, weight, *geometry)
+
+
+def check_slim_conv2d_weight_grad(dy, x, dweight, *geometry) -> None:
+    """As check_slim_conv2d, for the operators of the weight gradient. dweight: a buffer, or the weight itself."""
+    if dy.dim() != 4 or x.dim() != 4 or dweight.dim() != 4:
+        raise ValueError(
+            "dy must be [N, out, OH, OW], x [N, C, H, W] and dweight [O, I / groups, KH, KW], got "
+            f"{dy.dim()}, {x.dim()} and {dweight.dim()} dimensions"
+        )
+    check_gradients_beside(x, dy, dweight)
+    _check_output_gradient(dy, x.shape, dweight, *geometry)
+
+
 # ---- forward: schema, reference, fake
 
 
+def _for_torch(x: Tensor, stride) -> Tensor:
+    """x as PyTorch's convolutions take it without fault on the CPU; csrc/cpu/slim_conv2d.cpp says which there are."""
+    if x.device.type != "cpu":
+        return x
+    if x.dtype in LOW_PRECISION and x.shape[3] < stride[1]:
+        return x.float()
+    if x.shape[0] == 1 and x.stride(0) != x.numel():
+        return x.as_strided(x.shape, (x.numel(), *x.stride()[1:]))
+    return x
+
+
 def slim_conv2d_reference(x, weight, bias, out_channels, stride, padding, dilation, groups):
-    bias = None if bias is None else bias[:out_channels].to(x.dtype)
-    w = _slice(weight, out_channels, x.shape[1], groups).to(x.dtype)
-    y = torch.nn.functional.conv2d(x, w, bias, stride, padding, dilation, groups)
+    check_slim_conv2d(x, weight, bias, out_channels, stride, padding, dilation, groups)
+    image = _for_torch(x, stride)
+    bias = None if bias is None else bias[:out_channels].to(image.dtype)
+    w = _slice(weight, out_channels, x.shape[1], groups).to(image.dtype)
+    y = torch.nn.functional.conv2d(image, w, bias, stride, padding, dilation, groups).to(x.dtype)
     return y.contiguous(memory_format=_memory_format(x, weight))
 
 
@@ -104,6 +171,7 @@ _slim_conv2d = define(
 
 
 def slim_conv2d_input_grad_reference(dy, weight, input_size, stride, padding, dilation, groups):
+    check_slim_conv2d_input_grad(dy, weight, input_size, stride, padding, dilation, groups)
     w = _slice(weight, dy.shape[1], input_size[1], groups).to(dy.dtype)
     if dy.numel() > 0:
         dx = torch.nn.grad.conv2d_input(input_size, w, dy, stride, padding, dilation, groups)
@@ -113,6 +181,7 @@ def slim_conv2d_input_grad_reference(dy, weight, input_size, stride, padding, di
 
 
 def _input_grad_fake(dy, weight, input_size, stride, padding, dilation, groups):
+    check_slim_conv2d_input_grad(dy, weight, input_size, stride, padding, dilation, groups)
     return dy.new_empty(input_size).contiguous(memory_format=_memory_format(dy, weight))
 
 
@@ -128,20 +197,24 @@ _slim_conv2d_input_grad = define(
 
 
 def slim_conv2d_weight_grad__reference(dy, x, dweight, stride, padding, dilation, groups):
+    check_slim_conv2d_weight_grad(dy, x, dweight, stride, padding, dilation, groups)
+    check_written("dweight", dweight, dy=dy, x=x)
     target = _slice(dweight, dy.shape[1], x.shape[1], groups)  # [out, in / groups, KH, KW]
     if dy.numel() > 0:
-        target += torch.nn.grad.conv2d_weight(x, target.shape, dy, stride, padding, dilation, groups)
+        x = _for_torch(x, stride)
+        target += torch.nn.grad.conv2d_weight(x, target.shape, dy.to(x.dtype), stride, padding, dilation, groups)
 
 
 def _weight_grad_fake(dy, x, dweight, stride, padding, dilation, groups):
-    return None
+    check_slim_conv2d_weight_grad(dy, x, dweight, stride, padding, dilation, groups)
+    return torch.empty_like(dweight)
 
 
 _slim_conv2d_weight_grad_ = define(
     "slim_conv2d_weight_grad_(Tensor dy, Tensor x, Tensor(a!) dweight, "
     "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> ()",
     slim_conv2d_weight_grad__reference,
-    _weight_grad_fake,
+    check_slim_conv2d_weight_grad,
 )
 
 
@@ -155,7 +228,7 @@ _slim_conv2d_weight_grad = define(
     "slim_conv2d_weight_grad(Tensor dy, Tensor x, Tensor weight, "
     "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor",
     slim_conv2d_weight_grad_reference,
-    lambda dy, x, weight, stride, padding, dilation, groups: torch.empty_like(weight),
+    _weight_grad_fake,
     composite=True,
 )
 

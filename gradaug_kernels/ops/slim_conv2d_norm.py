@@ -17,8 +17,14 @@ import torch
 from torch import Tensor
 
 from .._library import autocast_rule, define, differentiable, differentiable_into_buffer, differentiable_once
-from ._common import autocast_parameter, check_gradient_buffer, in_autocast
-from .slim_batch_norm import _full_width, _slim_batch_norm, _slim_batch_norm_backward, check_slim_batch_norm
+from ._common import autocast_parameter, check_gradient_buffer, check_same_device, check_written, in_autocast
+from .slim_batch_norm import (
+    _full_width,
+    _slim_batch_norm,
+    _slim_batch_norm_backward,
+    check_slim_batch_norm,
+    check_slim_batch_norm_backward,
+)
 from .slim_conv2d import _fake as _conv_fake
 from .slim_conv2d import (
     _memory_format,
@@ -28,6 +34,7 @@ from .slim_conv2d import (
     _slim_conv2d_input_grad,
     _slim_conv2d_weight_grad_,
     check_slim_conv2d,
+    check_slim_conv2d_weight_grad,
 )
 from .slim_norm_conv2d import CONV, GEOMETRY, NORM, _statistics_fake, cast_norm, norm_grad_fakes
 
@@ -75,6 +82,9 @@ def check_slim_conv2d_norm(
 def _fake(*arguments):
     check_slim_conv2d_norm(*arguments)
     x, normalise, *_, weight, bias, out_channels = arguments[:12]
+    norm, out_norm = arguments[2:6], arguments[16:21]
+    names = ("mean", "var", "gamma", "beta", "out_mean", "out_var", "out_gamma", "out_beta", "residual")
+    check_same_device(x, **dict(zip(names, (*norm, *out_norm), strict=True)))
     c = _conv_fake(x, weight, bias, out_channels, *arguments[12:16])
     mean, var = _statistics_fake(x) if normalise else (x.new_empty(0), x.new_empty(0))
     return c, *_statistics_fake(c), mean, var
@@ -99,6 +109,8 @@ def slim_conv2d_norm_backward__reference(
     *geometry, out_mean, out_var, out_gamma, out_beta, out_batch_stats, out_eps, needs_dx, needs_dweight, needs_dz = (
         rest
     )
+    if needs_dweight:
+        check_written("dweight", dweight, dy=dy, x=x)  # which is read after dweight is written
     statistics = (mean, var) if normalise else (None, None)
     a = _activation(x, normalise, *statistics, gamma, beta, relu, eps)[0]
     c = _slim_conv2d(a, weight, bias, dy.shape[1], *geometry)
@@ -122,7 +134,14 @@ def slim_conv2d_norm_backward__reference(
 
 
 def _backward__fake(dy, x, y, normalise, mean, var, gamma, beta, batch_stats, relu, eps, weight, bias, dweight, *rest):
-    out_mean, _, out_gamma, out_beta, _, _, needs_dx, _, needs_dz = rest[4:]
+    out_mean, out_var, out_gamma, out_beta, out_batch_stats, out_eps, needs_dx, _, needs_dz = rest[4:]
+    check_slim_conv2d(x, weight, bias, dy.shape[1], *rest[:4])
+    check_slim_conv2d_weight_grad(dy, x, weight, *rest[:4])
+    if normalise:
+        check_slim_batch_norm(x, gamma, beta, mean, var, None, relu, eps, names=("gamma", "beta"))
+    out_norm = (out_gamma, out_beta, out_mean, out_var)
+    check_slim_batch_norm_backward(dy, dy, y, *out_norm, out_batch_stats, needs_dz, out_eps)
+    check_same_device(x, mean=mean, var=var, gamma=gamma, beta=beta, dweight=dweight)
     if normalise or not needs_dx:
         dx, dgamma, dbeta = norm_grad_fakes(x, mean, gamma, beta, needs_dx)
     else:

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from .._library import autocast_rule, define, differentiable, differentiable_into_buffer, differentiable_once
-from ._common import autocast_parameter, bias_grad, check_gradient_buffer, check_same_dtype_and_device, in_autocast
+from ._common import (
+    autocast_parameter,
+    bias_grad,
+    check_floating,
+    check_gradient_buffer,
+    check_gradients_beside,
+    check_same_dtype_and_device,
+    check_written,
+    in_autocast,
+)
 
 _SMALL_WEIGHT = 128 * 1024  # elements that kernels round as they read them in less time than a cast takes
 
@@ -33,18 +42,47 @@ def check_slim_linear(x, weight, bias, out_features) -> None:
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
     check_same_dtype_and_device(x, weight=weight, bias=bias)
-    if not 0 < x.shape[-1] <= weight.shape[1]:
-        raise ValueError(f"x must have between 1 and {weight.shape[1]} features, got {x.shape[-1]}")
-    if not 0 < out_features <= weight.shape[0]:
-        raise ValueError(f"out_features must be in [1, {weight.shape[0]}], got {out_features}")
+    _check_sizes(weight, x.shape[-1], out_features)
     if bias is not None and (bias.dim() != 1 or bias.shape[0] < out_features):
         raise ValueError(f"bias must have at least {out_features} elements, got shape {tuple(bias.shape)}")
+
+
+def _check_sizes(weight, in_features, out_features) -> None:
+    if not 0 < in_features <= weight.shape[1]:
+        raise ValueError(f"x must have between 1 and {weight.shape[1]} features, got {in_features}")
+    if not 0 < out_features <= weight.shape[0]:
+        raise ValueError(f"out_features must be in [1, {weight.shape[0]}], got {out_features}")
+
+
+def check_slim_linear_input_grad(dy, weight, in_features) -> None:
+    """As check_slim_linear, for the operator of the input gradient."""
+    if dy.dim() < 1 or weight.dim() != 2:
+        raise ValueError(f"dy must be [..., out] and weight [O, I], got {dy.dim()} and {weight.dim()} dimensions")
+    check_floating("dy", dy)
+    check_same_dtype_and_device(dy, name="dy", weight=weight)
+    _check_sizes(weight, in_features, dy.shape[-1])
+
+
+def check_slim_linear_weight_grad(dy, x, dweight) -> None:
+    """As check_slim_linear, for the operators of the weight gradient. dweight: a buffer, or the weight itself."""
+    if dy.dim() < 1 or x.dim() < 1 or dweight.dim() != 2:
+        raise ValueError(
+            "dy must be [..., out], x [..., F] and dweight [O, I], got "
+            f"{dy.dim()}, {x.dim()} and {dweight.dim()} dimensions"
+        )
+    check_gradients_beside(x, dy, dweight)
+    if dy.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"dy must have the shape of x but for its last dimension, {tuple(x.shape)}, got {tuple(dy.shape)}"
+        )
+    _check_sizes(dweight, x.shape[-1], dy.shape[-1])
 
 
 # ---- forward: schema, reference, fake
 
 
 def slim_linear_reference(x, weight, bias, out_features):
+    check_slim_linear(x, weight, bias, out_features)
     weight = weight[:out_features, : x.shape[-1]].to(x.dtype)  # [out, F]
     return torch.nn.functional.linear(x, weight, None if bias is None else bias[:out_features].to(x.dtype))
 
@@ -65,13 +103,19 @@ _slim_linear = define(
 
 
 def slim_linear_input_grad_reference(dy, weight, in_features):
+    check_slim_linear_input_grad(dy, weight, in_features)
     return dy @ weight[: dy.shape[-1], :in_features].to(dy.dtype)  # [..., F]
+
+
+def _input_grad_fake(dy, weight, in_features):
+    check_slim_linear_input_grad(dy, weight, in_features)
+    return dy.new_empty(*dy.shape[:-1], in_features)
 
 
 _slim_linear_input_grad = define(
     "slim_linear_input_grad(Tensor dy, Tensor weight, SymInt in_features) -> Tensor",
     slim_linear_input_grad_reference,
-    lambda dy, weight, in_features: dy.new_empty(*dy.shape[:-1], in_features),
+    _input_grad_fake,
 )
 
 
@@ -79,6 +123,8 @@ _slim_linear_input_grad = define(
 
 
 def slim_linear_weight_grad__reference(dy, x, dweight):
+    check_slim_linear_weight_grad(dy, x, dweight)
+    check_written("dweight", dweight, dy=dy, x=x)
     dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])  # [N, out], [N, F]
     dweight[: dy.shape[1], : x.shape[1]] += dy.T @ x
 
@@ -86,11 +132,17 @@ def slim_linear_weight_grad__reference(dy, x, dweight):
 _slim_linear_weight_grad_ = define(
     "slim_linear_weight_grad_(Tensor dy, Tensor x, Tensor(a!) dweight) -> ()",
     slim_linear_weight_grad__reference,
-    lambda dy, x, dweight: None,
+    check_slim_linear_weight_grad,
 )
 
 
+def _weight_grad_fake(dy, x, weight):
+    check_slim_linear_weight_grad(dy, x, weight)
+    return torch.empty_like(weight)
+
+
 def slim_linear_weight_grad_reference(dy, x, weight):
+    check_slim_linear_weight_grad(dy, x, weight)
     if (dy.shape[-1], x.shape[-1]) == weight.shape and dy.dtype == weight.dtype and weight.is_contiguous():
         return dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])  # nothing is outside the slice
     dweight = torch.zeros_like(weight)
@@ -101,7 +153,7 @@ def slim_linear_weight_grad_reference(dy, x, weight):
 _slim_linear_weight_grad = define(
     "slim_linear_weight_grad(Tensor dy, Tensor x, Tensor weight) -> Tensor",
     slim_linear_weight_grad_reference,
-    lambda dy, x, weight: torch.empty_like(weight),
+    _weight_grad_fake,
     composite=True,
 )
 

@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from .._library import autocast_rule, define, differentiable, differentiable_into_buffer, differentiable_once
-from ._common import autocast_parameter, bias_grad, check_gradient_buffer, in_autocast
+from ._common import autocast_parameter, bias_grad, check_gradient_buffer, check_same_device, check_written, in_autocast
 from .slim_batch_norm import (
     _slim_batch_norm,
     _slim_batch_norm_backward,
     _stats_dtype,
     check_slim_batch_norm,
+    check_slim_batch_norm_backward,
 )
 from .slim_conv2d import _autocast as _conv_autocast
 from .slim_conv2d import _fake as _conv_fake
@@ -42,6 +43,7 @@ from .slim_conv2d import (
     _slim_conv2d_input_grad,
     _slim_conv2d_weight_grad_,
     check_slim_conv2d,
+    check_slim_conv2d_weight_grad,
 )
 from .slim_conv2d import _setup_context as _conv_setup_context
 
@@ -144,6 +146,7 @@ def slim_norm_conv2d_reference(x, mean, var, gamma, beta, batch_stats, relu, eps
 def _fake(x, mean, var, gamma, beta, batch_stats, relu, eps, weight, bias, out_channels, *rest):
     *geometry, statistics = rest
     check_slim_norm_conv2d(x, mean, var, gamma, beta, relu, eps, weight, bias, out_channels, *geometry)
+    check_same_device(x, mean=mean, var=var, gamma=gamma, beta=beta)
     y = _conv_fake(x, weight, bias, out_channels, *geometry)
     mean, var = _statistics_fake(x)
     if statistics:
@@ -166,6 +169,8 @@ _slim_norm_conv2d = define(
 
 def slim_norm_conv2d_backward__reference(dy, x, mean, var, gamma, beta, batch_stats, relu, eps, weight, dweight, *rest):
     *geometry, needs_dx, needs_dweight = rest
+    if needs_dweight:
+        check_written("dweight", dweight, x=x)  # which is read after dweight is written
     activation = None
     if needs_dweight or (needs_dx and relu):
         activation = _slim_batch_norm(x, gamma, beta, mean, var, None, relu, eps)[0]
@@ -189,6 +194,9 @@ def norm_grad_fakes(x, mean, gamma, beta, needs_dx):
 
 
 def _backward__fake(dy, x, mean, var, gamma, beta, batch_stats, relu, eps, weight, dweight, *rest):
+    check_slim_conv2d_weight_grad(dy, x, weight, *rest[:4])
+    check_slim_batch_norm_backward(x, x, None, gamma, beta, mean, var, batch_stats, False, eps)
+    check_same_device(x, dweight=dweight)
     return norm_grad_fakes(x, mean, gamma, beta, rest[-2])
 
 
@@ -211,7 +219,8 @@ def slim_norm_conv2d_backward_reference(dy, x, mean, var, gamma, beta, batch_sta
 
 def _backward_fake(dy, x, mean, var, gamma, beta, batch_stats, relu, eps, weight, *rest):
     dweight = torch.empty_like(weight) if rest[-1] else weight.new_empty(0)
-    return *norm_grad_fakes(x, mean, gamma, beta, rest[-2]), dweight
+    norm = (mean, var, gamma, beta, batch_stats, relu, eps)
+    return *_backward__fake(dy, x, *norm, weight, dweight, *rest), dweight
 
 
 _slim_norm_conv2d_backward = define(

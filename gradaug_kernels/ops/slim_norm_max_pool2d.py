@@ -16,7 +16,13 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from .._library import define, differentiable, differentiable_once
-from .slim_batch_norm import _slim_batch_norm, _slim_batch_norm_backward, check_slim_batch_norm
+from ._common import check_floating, check_same_device
+from .slim_batch_norm import (
+    _slim_batch_norm,
+    _slim_batch_norm_backward,
+    check_slim_batch_norm,
+    check_slim_batch_norm_backward,
+)
 from .slim_norm_conv2d import NORM, _statistics_fake, norm_grad_fakes
 
 WINDOW = "SymInt[2] kernel, SymInt[2] stride, SymInt[2] padding"
@@ -29,6 +35,18 @@ def check_slim_norm_max_pool2d(x, mean, var, gamma, beta, relu, eps, kernel, str
         ValueError: for shapes that do not fit. TypeError: for dtypes that are not floating or that differ.
     """
     check_slim_batch_norm(x, gamma, beta, mean, var, None, relu, eps, names=("gamma", "beta"))
+    _check_window(x.shape, kernel, stride, padding)
+
+
+def check_slim_max_pool2d(x, kernel, stride, padding) -> None:
+    """As check_slim_norm_max_pool2d, for the pooling alone."""
+    if x.dim() != 4:
+        raise ValueError(f"x must be [N, C, H, W], got {x.dim()} dimensions")
+    check_floating("x", x)
+    _check_window(x.shape, kernel, stride, padding)
+
+
+def _check_window(x_size, kernel, stride, padding) -> None:
     for name, pair, least in (("kernel", kernel, 1), ("stride", stride, 1), ("padding", padding, 0)):
         if len(pair) != 2 or min(pair) < least:
             raise ValueError(f"{name} must be two integers of at least {least}, got {tuple(pair)}")
@@ -36,14 +54,36 @@ def check_slim_norm_max_pool2d(x, mean, var, gamma, beta, relu, eps, kernel, str
         raise ValueError(f"kernel must have at most 255 pixels, got {tuple(kernel)}")
     if any(2 * p > k for p, k in zip(padding, kernel, strict=True)):
         raise ValueError(f"padding must be at most half of the kernel, {tuple(kernel)}, got {tuple(padding)}")
-    if any(size + 2 * p < k for size, p, k in zip(x.shape[2:], padding, kernel, strict=True)):
-        raise ValueError(f"the padded image must be at least as large as the kernel, got {tuple(x.shape)}")
+    if any(size < 1 for size in x_size[1:]):
+        raise ValueError(f"x must have channels, rows and columns, got shape {tuple(x_size)}")
+    if any(size + 2 * p < k for size, p, k in zip(x_size[2:], padding, kernel, strict=True)):
+        raise ValueError(f"the padded image must be at least as large as the kernel, got {tuple(x_size)}")
+
+
+def check_slim_max_pool2d_backward(dy, y, offset, input_size, kernel, stride, padding) -> None:
+    """As check_slim_max_pool2d, for the operator of the gradient."""
+    if dy.dim() != 4 or len(input_size) != 4:
+        raise ValueError(
+            f"dy must be [N, C, OH, OW] and input_size four integers, got {dy.dim()} and {len(input_size)} of them"
+        )
+    check_floating("dy", dy)
+    check_same_device(dy, y=y, offset=offset)
+    _check_window(input_size, kernel, stride, padding)
+    size = ((input_size[2 + a] + 2 * padding[a] - kernel[a]) // stride[a] + 1 for a in (0, 1))
+    expected = (*input_size[:2], *size)
+    for name, tensor, dtype in (("dy", dy, dy.dtype), ("y", y, dy.dtype), ("offset", offset, torch.uint8)):
+        if tensor is not None and (tuple(tensor.shape) != expected or tensor.dtype != dtype):
+            raise ValueError(
+                f"{name} must have the shape of the output, {expected}, and be {dtype}, "
+                f"got {tuple(tensor.shape)} {tensor.dtype}"
+            )
 
 
 # ---- pooling
 
 
 def slim_max_pool2d_reference(x, kernel, stride, padding):
+    check_slim_max_pool2d(x, kernel, stride, padding)
     y, index = torch.nn.functional.max_pool2d(
         x, kernel, stride, padding, return_indices=True
     )  # of a pixel of the image
@@ -55,6 +95,7 @@ def slim_max_pool2d_reference(x, kernel, stride, padding):
 
 
 def _max_pool2d_fake(x, kernel, stride, padding):
+    check_slim_max_pool2d(x, kernel, stride, padding)
     size = ((x.shape[2 + a] + 2 * padding[a] - kernel[a]) // stride[a] + 1 for a in (0, 1))
     y = x.new_empty(*x.shape[:2], *size).contiguous(memory_format=suggest_memory_format(x))
     return y, torch.empty_like(y, dtype=torch.uint8)
@@ -66,6 +107,7 @@ _slim_max_pool2d = define(
 
 
 def slim_max_pool2d_backward_reference(dy, y, offset, input_size, kernel, stride, padding):
+    check_slim_max_pool2d_backward(dy, y, offset, input_size, kernel, stride, padding)
     dy = dy if y is None else dy * (y > 0)
     offset = offset.to(torch.int64)
     row = torch.arange(dy.shape[2], device=dy.device)[:, None] * stride[0] - padding[0] + offset // kernel[1]
@@ -76,12 +118,15 @@ def slim_max_pool2d_backward_reference(dy, y, offset, input_size, kernel, stride
     return dx.contiguous(memory_format=suggest_memory_format(offset))
 
 
+def _max_pool2d_backward_fake(dy, y, offset, input_size, kernel, stride, padding):
+    check_slim_max_pool2d_backward(dy, y, offset, input_size, kernel, stride, padding)
+    return dy.new_empty(input_size).contiguous(memory_format=suggest_memory_format(offset))
+
+
 _slim_max_pool2d_backward = define(
     f"slim_max_pool2d_backward(Tensor dy, Tensor? y, Tensor offset, SymInt[4] input_size, {WINDOW}) -> Tensor",
     slim_max_pool2d_backward_reference,
-    lambda dy, y, offset, input_size, *window: dy.new_empty(input_size).contiguous(
-        memory_format=suggest_memory_format(offset)
-    ),
+    _max_pool2d_backward_fake,
 )
 
 
@@ -95,6 +140,7 @@ def slim_norm_max_pool2d_reference(x, mean, var, gamma, beta, batch_stats, relu,
 
 def _fake(x, mean, var, gamma, beta, batch_stats, relu, eps, *window):
     check_slim_norm_max_pool2d(x, mean, var, gamma, beta, relu, eps, *window)
+    check_same_device(x, mean=mean, var=var, gamma=gamma, beta=beta)
     return *_max_pool2d_fake(x, *window), *_statistics_fake(x)
 
 
@@ -115,11 +161,18 @@ def slim_norm_max_pool2d_backward_reference(dy, y, offset, x, mean, var, gamma, 
     return dx, dgamma, dbeta
 
 
+def _backward_fake(dy, y, offset, x, mean, var, gamma, beta, batch_stats, eps, *window):
+    check_slim_max_pool2d_backward(dy, y, offset, x.shape, *window)
+    check_slim_batch_norm_backward(x, x, None, gamma, beta, mean, var, batch_stats, False, eps)
+    check_same_device(x, dy=dy)
+    return norm_grad_fakes(x, mean, gamma, beta, True)
+
+
 _slim_norm_max_pool2d_backward = define(
     "slim_norm_max_pool2d_backward(Tensor dy, Tensor? y, Tensor offset, Tensor x, Tensor mean, Tensor var, "
     f"Tensor? gamma, Tensor? beta, bool batch_stats, float eps, {WINDOW}) -> (Tensor dx, Tensor dgamma, Tensor dbeta)",
     slim_norm_max_pool2d_backward_reference,
-    lambda dy, y, offset, x, mean, var, gamma, beta, *rest: norm_grad_fakes(x, mean, gamma, beta, True),
+    _backward_fake,
     composite=True,
 )
 
