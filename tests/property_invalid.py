@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 from property_cases import (
+    BatchNormCase,
     Case,
     ConvCase,
     LinearCase,
+    PoolCase,
     Printed,
     batch_norm_cases,
     conv_cases,
@@ -181,14 +183,32 @@ GRADIENTS = (
 )
 
 
+# The first words of the changes that can apply to a case.
+NAMES = {
+    ConvCase: "x weight bias out_channels groups stride padding dilation eps a mean var gamma beta out_gamma out_mean "
+    "residual",
+    LinearCase: "x weight bias out_features a",
+    BatchNormCase: "x weight bias eps mean var residual",
+    PoolCase: "x kernel stride padding eps mean var gamma beta",
+}
+NAMES = {kind: names.split() for kind, names in NAMES.items()}
+
+
+def _gradient_names(case: Case) -> tuple[str, ...]:
+    linear = ("features", "rows", "columns")
+    if isinstance(case, LinearCase):
+        return tuple(g for g in GRADIENTS if g.endswith((*linear, "too many outputs", "small buffer")))
+    return tuple(g for g in GRADIENTS if not g.endswith(linear))
+
+
 @st.composite
 def invalid_calls(draw):
     operators = ("slim_conv2d", "slim_conv2d", "slim_conv2d_statistics", "slim_norm_conv2d", "slim_conv2d_norm")
     strategies = [conv_cases(operators, budget=10**4)] * 2 + [linear_cases(), batch_norm_cases(), pool_cases(10**4)]
     case = draw(draw(st.sampled_from(strategies)))
-    changes = tuple(CHANGES)
+    changes = [change for change in CHANGES if change.split()[0] in NAMES[type(case)]]
     if isinstance(case, (ConvCase, LinearCase)):
-        changes += GRADIENTS
+        changes += [change for change in GRADIENTS if change in _gradient_names(case)]
     return InvalidCall(case, draw(st.sampled_from(changes)))
 
 
