@@ -94,9 +94,16 @@ def differentiable(
     in_cpp = _in_cpp(op) if cpp else None
     _implement_derivatives(op, Formula.apply, composition)
     eager = in_cpp or Formula.apply
+    transforms_are_active = torch._C._are_functorch_transforms_active
 
     def call(*args):
-        if torch.compiler.is_compiling() or _is_transformed() or (has_torch_function(args) and _is_overridden()):
+        # Spelled out: this is read once a layer.
+        if (
+            torch.compiler.is_compiling()
+            or transforms_are_active()
+            or forward_ad._current_level >= 0
+            or (has_torch_function(args) and _is_overridden())
+        ):
             return op(*args)
         return eager(*args)
 
@@ -120,7 +127,7 @@ class Destination:
         """The tensor to add to, and what autograd gets for `given`, which is the node's last input."""
         if torch.compiler.is_compiling():  # a buffer: the compiled graph's own input
             return self.given, None
-        if self.is_parameter and not (_has_a_buffer(self.given) and _is_accumulated(node.next_functions[-1][0])):
+        if self.is_parameter and not (_has_a_buffer(self.given) and _is_executed(node.next_functions[-1][0], False)):
             gradient = torch.zeros_like(self.given)
             return gradient, gradient
         buffer = self.given.grad if self.is_parameter else self.given
@@ -142,12 +149,12 @@ def _has_a_buffer(parameter: torch.Tensor) -> bool:
     )
 
 
-def _is_accumulated(leaf: Any) -> bool:
-    """Whether the backward pass that runs adds to the .grad of a leaf, as torch.autograd.grad does not."""
+def _is_executed(node: Any, if_asked_for: bool) -> bool:
+    """Whether the backward pass that runs comes to a node; if_asked_for: a leaf that torch.autograd.grad names."""
     try:
-        return torch._C._will_engine_execute_node(leaf)
+        return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # torch.autograd.grad of this very leaf
-        return False
+        return if_asked_for
 
 
 def differentiable_into_buffer(
@@ -160,10 +167,9 @@ def differentiable_into_buffer(
 
     Returns:
         call(*args, weight_grad), args being the operator's: positional, complete, and cast already inside autocast.
-        Function transforms and forward mode leave the gradient to autograd where it would add to the same buffer,
-        and are refused elsewhere. Second derivatives are refused.
+        Function transforms and forward mode leave the gradient of a parameter to autograd; they are refused with a
+        buffer, as second derivatives are.
     """
-
     weight = [argument.name for argument in op._schema.arguments].index("weight")
 
     class IntoBuffer(torch.autograd.Function):
@@ -178,19 +184,18 @@ def differentiable_into_buffer(
 
         @staticmethod
         def backward(ctx, dy, *_):
-            compiling, destination = torch.compiler.is_compiling(), ctx.destination
+            compiling = torch.compiler.is_compiling()
             if torch.is_grad_enabled() and not compiling:
                 raise RuntimeError(
                     "a weight's gradient that is added to a buffer has no second derivative (create_graph=True); "
                     "leave gradients to autograd (accumulate=False)"
                 )
+            saved, destination = ctx.saved_tensors, ctx.destination
             needs = list(ctx.needs_input_grad) if compiling else _executed_inputs(ctx)
             if destination.is_parameter:
                 needs[weight] = needs[-1]
-            saved = ctx.saved_tensors
-            weight_grad = for_autograd = None
-            if dy is not None and needs[weight]:
-                weight_grad, for_autograd = destination.take(ctx)
+            needed = dy is not None and needs[weight]
+            weight_grad, for_autograd = destination.take(ctx) if needed else (None, None)
             return *_below_autograd(gradients, ctx, saved, needs, dy, weight_grad), for_autograd
 
     in_cpp = _in_cpp(op) if cpp else None
@@ -199,15 +204,15 @@ def differentiable_into_buffer(
     def call(*args):
         if torch.compiler.is_compiling():
             return IntoBuffer.apply(*args)
-        if _is_transformed():
+        if is_transformed():
             *inputs, weight_grad = args
-            own = (a for a in inputs if isinstance(a, torch.nn.Parameter))
-            if any(a is weight_grad or a.grad is weight_grad for a in own):
-                return op(*inputs)
-            raise RuntimeError(
-                "weight_grad must be None, the weight or its grad inside function transforms (torch.func) and forward "
-                "mode, got another buffer; leave gradients to autograd (accumulate=False)"
-            )
+            if not weight_grad.requires_grad:
+                raise RuntimeError(
+                    "weight_grad must be None or a parameter inside function transforms (torch.func) and forward mode, "
+                    "got a buffer; leave gradients to autograd (accumulate=False)"
+                )
+            inputs[weight] = weight_grad.to(inputs[weight].dtype)
+            return op(*inputs)
         return eager(*args)
 
     call.in_python, call.in_cpp = IntoBuffer.apply, in_cpp
@@ -242,7 +247,7 @@ def _implement_derivatives(op: torch._ops.OpOverload, apply: Callable, compositi
     """What serves an operator where a gradient is asked for, and inside function transforms and forward mode."""
 
     def kernel(keyset, *args):
-        if _is_transformed():
+        if is_transformed():
             return composition(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return apply(*args)
@@ -253,7 +258,7 @@ def _implement_derivatives(op: torch._ops.OpOverload, apply: Callable, compositi
     batched(op)(composition)
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Inside a function transform (torch.func) or a level of forward mode, which C++ formulas do not follow."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
@@ -270,7 +275,7 @@ def _below_autograd(function: Callable, *args):
     Otherwise each call passes autograd's and autocast's keys, which are Python functions and have nothing to do in the
     forward and backward of an autograd.Function.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_transformed():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
         return function(*args)
     with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
         return function(*args)
@@ -282,15 +287,8 @@ def _executed_inputs(ctx) -> list[bool]:
     nodes = iter(ctx.next_functions)
     for i, is_tensor in enumerate(ctx.is_tensor):
         node = next(nodes)[0] if is_tensor else None
-        needs[i] = node is not None and _is_executed(node)
+        needs[i] = node is not None and _is_executed(node, True)
     return needs
-
-
-def _is_executed(node) -> bool:
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # a leaf that torch.autograd.grad was asked for
-        return True
 
 
 def count_flops(op: torch._ops.OpOverload, formula: Callable) -> None:

@@ -7,7 +7,7 @@ first channels are all it has; its gradient is scattered back into the chosen ch
 import torch
 from torch import Tensor
 
-from ._library import Destination
+from ._library import Destination, is_transformed
 
 
 def gather_weight(
@@ -26,6 +26,8 @@ def gather_weight(
     """
     if weight_grad is None:
         return _gather(weight, outputs, inputs)
+    if is_transformed() and weight_grad.requires_grad:  # left to autograd
+        return _gather(weight_grad.to(weight.dtype), outputs, inputs)
     return _GatherIntoBuffer.apply(weight, outputs, inputs, weight_grad)
 
 

@@ -460,6 +460,14 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
             return
         slim_batch_norm_record_(running_mean, running_var, num_batches, mean, var, values_per_channel, self.momentum)
 
+    def train(self, mode: bool = True) -> "SlimBatchNorm2d":
+        """As nn.Module.train. Evaluation notes which widths are calibrated, which a tracer or exporter cannot ask."""
+        super().train(mode)
+        if not mode:
+            for width in tuple(self._unconfirmed):
+                self.is_calibrated(width)
+        return self
+
     def is_calibrated(self, width: float) -> bool:
         """Whether `width` has statistics of at least one batch. Width 1 always counts as having them.
 

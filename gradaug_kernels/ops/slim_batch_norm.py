@@ -285,6 +285,10 @@ def slim_batch_norm_record__reference(running_mean, running_var, num_batches, me
     check_slim_batch_norm_record_(running_mean, running_var, num_batches, mean, var, values, momentum)
     check_written("running_mean", running_mean, mean=mean, running_var=running_var)
     check_written("running_var", running_var, var=var)
+    _record(running_mean, running_var, num_batches, mean, var, values, momentum)
+
+
+def _record(running_mean, running_var, num_batches, mean, var, values, momentum):
     num_batches += 1
     factor = 1.0 / float(num_batches) if momentum is None else momentum
     channels, unbiased = mean.shape[0], var * (values / (values - 1))
@@ -307,7 +311,7 @@ def _record_batched(running_mean, running_var, num_batches, mean, var, values, m
             "running statistics must be batched inside vmap to be updated, got those of one network; "
             "torch.func.replace_all_batch_norm_modules_(model) does without them"
         )
-    slim_batch_norm_record__reference(running_mean, running_var, num_batches, mean, var, values, momentum)
+    _record(running_mean, running_var, num_batches, mean, var, values, momentum)
 
 
 @torch.no_grad()

@@ -154,18 +154,15 @@ def _for_torch(x: Tensor, stride) -> Tensor:
 
 
 def slim_conv2d_composition(x, weight, bias, out_channels, stride, padding, dilation, groups):
-    bias = None if bias is None else bias[:out_channels].to(x.dtype)
-    w = _slice(weight, out_channels, x.shape[1], groups).to(x.dtype)
-    return torch.nn.functional.conv2d(x, w, bias, stride, padding, dilation, groups)
-
-
-def slim_conv2d_reference(x, weight, bias, out_channels, stride, padding, dilation, groups):
-    check_slim_conv2d(x, weight, bias, out_channels, stride, padding, dilation, groups)
     image = _for_torch(x, stride)
     bias = None if bias is None else bias[:out_channels].to(image.dtype)
     w = _slice(weight, out_channels, x.shape[1], groups).to(image.dtype)
-    y = torch.nn.functional.conv2d(image, w, bias, stride, padding, dilation, groups).to(x.dtype)
-    return y.contiguous(memory_format=_memory_format(x, weight))
+    return torch.nn.functional.conv2d(image, w, bias, stride, padding, dilation, groups).to(x.dtype)
+
+
+def slim_conv2d_reference(x, weight, *arguments):
+    check_slim_conv2d(x, weight, *arguments)
+    return slim_conv2d_composition(x, weight, *arguments).contiguous(memory_format=_memory_format(x, weight))
 
 
 def _fake(x, weight, bias, out_channels, stride, padding, dilation, groups):
@@ -240,7 +237,8 @@ def slim_conv2d_weight_grad_composition(dy, x, weight, stride, padding, dilation
     size = _slice(weight, dy.shape[1], x.shape[1], groups).shape  # [out, in / groups, KH, KW]
     if dy.numel() == 0:
         return torch.zeros_like(weight)
-    dw = torch.nn.grad.conv2d_weight(x, size, dy, stride, padding, dilation, groups)
+    x = _for_torch(x, stride)
+    dw = torch.nn.grad.conv2d_weight(x, size, dy.to(x.dtype), stride, padding, dilation, groups)
     beyond = (weight.shape[1] - size[1], weight.shape[0] - size[0])
     return torch.nn.functional.pad(dw, (0, 0, 0, 0, 0, beyond[0], 0, beyond[1])).to(weight.dtype)
 

@@ -128,9 +128,9 @@ def check_slim_conv2d_norm(*inputs) -> None:
 def _fake(*inputs):
     check_slim_conv2d_norm(*inputs)
     i = _Inputs(*inputs)
-    norms = (i.mean, i.var, i.gamma, i.beta, i.out_mean, i.out_var, i.out_gamma, i.out_beta, i.residual)
-    names = ("mean", "var", "gamma", "beta", "out_mean", "out_var", "out_gamma", "out_beta", "residual")
-    check_same_device(i.x, **dict(zip(names, norms, strict=True)))
+    others = {name: getattr(i, name) for name in ("mean", "var", "gamma", "beta", "residual")}
+    others |= {name: getattr(i, name) for name in ("out_mean", "out_var", "out_gamma", "out_beta")}
+    check_same_device(i.x, **others)
     c = _conv_fake(i.x, *i.convolution)
     mean, var = _statistics_fake(i.x) if i.normalise else (i.x.new_empty(0), i.x.new_empty(0))
     return c, *_statistics_fake(c), mean, var
@@ -231,7 +231,7 @@ def slim_conv2d_norm_backward__reference(*arguments):
     return dx, dgamma, dbeta, dbias, dout_gamma, dout_beta, dz
 
 
-def _gradient_fakes(i: _BackwardInputs, dweight: Tensor | None) -> tuple[Tensor, ...]:
+def _gradient_fakes(i: _BackwardInputs, dweight: Tensor) -> tuple[Tensor, ...]:
     check_slim_conv2d(i.x, i.weight, i.bias, i.dy.shape[1], *i.geometry)
     check_slim_conv2d_weight_grad(i.dy, i.x, i.weight, *i.geometry)
     if i.normalise:
@@ -277,7 +277,8 @@ def slim_conv2d_norm_backward_reference(*arguments):
 
 def _backward_fake(*arguments):
     i = _BackwardInputs(*arguments)
-    return *_gradient_fakes(i, None), torch.empty_like(i.weight) if i.needs_dweight else i.weight.new_empty(0)
+    dweight = torch.empty_like(i.weight) if i.needs_dweight else i.weight.new_empty(0)
+    return *_gradient_fakes(i, dweight), dweight
 
 
 _slim_conv2d_norm_backward = define(

@@ -223,10 +223,10 @@ def norm_grad_fakes(x, mean, gamma, beta, needs_dx):
 
 
 def _backward__fake(dy, x, mean, var, gamma, beta, batch_stats, relu, eps, weight, dweight, *rest):
-    check_slim_conv2d_weight_grad(dy, x, weight, *rest[:4])
+    *geometry, needs_dx, _ = rest
+    check_slim_conv2d_weight_grad(dy, x, weight, *geometry)
     check_slim_batch_norm_backward(x, x, None, gamma, beta, mean, var, batch_stats, False, eps)
     check_same_device(x, dweight=dweight)
-    *_, needs_dx, _ = rest
     return norm_grad_fakes(x, mean, gamma, beta, needs_dx)
 
 
@@ -249,7 +249,8 @@ def slim_norm_conv2d_backward_reference(dy, x, mean, var, gamma, beta, batch_sta
 
 
 def _backward_fake(dy, x, mean, var, gamma, beta, batch_stats, relu, eps, weight, *rest):
-    dweight = torch.empty_like(weight) if rest[-1] else weight.new_empty(0)
+    *_, needs_dweight = rest
+    dweight = torch.empty_like(weight) if needs_dweight else weight.new_empty(0)
     norm = (mean, var, gamma, beta, batch_stats, relu, eps)
     return *_backward__fake(dy, x, *norm, weight, dweight, *rest), dweight
 
