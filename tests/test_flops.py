@@ -114,12 +114,18 @@ def test_a_sub_network_counts_what_a_dense_one_counts(accumulate):
             assert count(model, torch.randn(2, 3, 9, 9)) == count(plain_network(width), torch.randn(2, 3, 9, 9))
 
 
-def test_a_recomputing_model_counts_its_recomputation():
-    """What is executed, as checkpointing counts it."""
+def test_a_recomputing_model_counts_its_recomputation_where_it_recomputes():
+    """What is executed, as checkpointing counts it. The counter hooks modules, whose layers then run one by one."""
     images = torch.randn(2, 3, 9, 9)
-    plain, recomputing = gk.convert(plain_network(1.0)), gk.convert(plain_network(1.0), recompute=True)
+    model, recomputing = gk.convert(plain_network(1.0)), gk.convert(plain_network(1.0), recompute=True)
+    assert count(recomputing, images) == count(model, images)
     again = 2 * 2 * 5 * 5 * 16 * 24  # the convolution before the last norm: N, OH, OW, channels
-    assert count(recomputing, images) == count(plain, images) + again
+    for network, expected in ((model, count(model, images)), (recomputing, count(model, images) + again)):
+        with FlopCounterMode(display=False) as counter:
+            counter.mod_tracker.__exit__()
+            network(images).sum().backward()
+            counter.mod_tracker.__enter__()
+        assert counter.get_total_flops() == expected
 
 
 def test_compositions_count_as_pytorch_does():
