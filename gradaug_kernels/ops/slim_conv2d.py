@@ -143,14 +143,11 @@ def check_slim_conv2d_weight_grad(dy, x, dweight, *geometry) -> None:
 
 def _for_torch(x: Tensor, stride) -> Tensor:
     """x as PyTorch's convolutions take it without fault on the CPU; csrc/cpu/slim_conv2d.cpp says which there are."""
-    if x.device.type != "cpu":
-        return x
-    if x.shape[3] < stride[1]:
+    if x.device.type == "cpu" and x.shape[3] < stride[1]:
         return x.double()
-    _, c, h, w = x.shape
-    if x.is_contiguous(memory_format=torch.channels_last):
-        return x.as_strided(x.shape, (h * w * c, 1, w * c, c))
-    return x.as_strided(x.shape, (c * h * w, h * w, w, 1)) if x.is_contiguous() else x
+    if x.device.type == "cpu" and 1 in x.shape:  # a stride of such a size may be anything
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
 
 
 def slim_conv2d_composition(x, weight, bias, out_channels, stride, padding, dilation, groups):
