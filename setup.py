@@ -1,31 +1,35 @@
 """Builds the native kernels: C++ for the CPU always, CUDA C++ where a matching nvcc is found.
 
-    GRADAUG_BUILD_EXT=0     no native code: every operator runs on its PyTorch reference
+    GRADAUG_BUILD_EXT=0     no native code: a GPU runs Triton, cuBLAS and cuDNN, a CPU the PyTorch references
     GRADAUG_BUILD_CUDA=0|1  0: skip CUDA even where nvcc is found; 1: fail where it cannot be built
+    GRADAUG_BUILD_CACHE     a folder for built libraries, in place of ~/.cache/gradaug_kernels; 0: none
     TORCH_CUDA_ARCH_LIST    the targets of the CUDA kernels; the default is in CUDA_ARCHS
     MAX_JOBS                parallel compiler processes
 
-A GPU need not be present. What was decided is printed before anything compiles and kept in
-gradaug_kernels/_build.json, which `gradaug info` shows and which the package checks against the torch it imports.
+A GPU need not be present. What was decided is printed before anything compiles and kept beside the libraries in
+_build.json, which `gradaug info` shows and which the package checks against the torch it imports. A library is
+compiled once for the same sources, flags, compiler, Python and torch, and then taken from the folder for built ones.
 """
 
 import json
 import os
 import re
+import runpy
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tools"))
+from built_libraries import keep, kept_library, take  # noqa: E402
+from gradaug_build import flag, require_compiler  # noqa: E402
+
+PACKAGE = "gradaug_kernels"
 CUDA_ARCHS = "8.0;9.0+PTX"
-
-
-def flag(name: str) -> str | None:
-    value = os.environ.get(name)
-    if value not in (None, "0", "1"):
-        raise SystemExit(f"{name} must be 0 or 1, got {value!r}")
-    return value
+NEED_LIBRARIES = {"build", "build_ext", "bdist", "bdist_wheel", "develop", "editable_wheel", "install"}
 
 
 def sources(*patterns: str) -> list[str]:
@@ -81,23 +85,26 @@ def native_extensions():
     if flag("GRADAUG_BUILD_EXT") == "0":
         return [], {"cpu": False, "cuda": False, "why_no_cuda": "GRADAUG_BUILD_EXT=0"}
 
+    require_compiler()
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, CppExtension, CUDAExtension
 
     cxx = ["-O3", "-std=c++20", "-fopenmp", "-DAT_PARALLEL_OPENMP=1"]
+    link = [] if "--debug" in sys.argv else ["-Wl,--strip-debug"]  # Python's own flags have -g: 54 MB, or 4 MB
     extensions = [
         CppExtension(
             "gradaug_kernels._autograd",
             ["csrc/autograd.cpp"],
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args={"cxx": cxx},
+            extra_link_args=link,
         ),
         CppExtension(
             "gradaug_kernels._cpu",
             sources("csrc/module.cpp", "csrc/cpu/*.cpp"),
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args={"cxx": cxx},
-            extra_link_args=["-fopenmp"],
+            extra_link_args=["-fopenmp", *link],
         ),
     ]
     config = {"cpu": True, "torch": torch.__version__, "cxx_flags": " ".join(cxx)}
@@ -116,6 +123,7 @@ def native_extensions():
                 include_dirs=[str(ROOT / "csrc"), *includes],
                 library_dirs=[*libraries, *toolkit_libraries(CUDA_HOME)],
                 extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+                extra_link_args=link,
             )
         )
         config |= {
@@ -125,30 +133,53 @@ def native_extensions():
         }
     else:
         config |= {"cuda": False, "why_no_cuda": reason}
-    return extensions, config
+    return extensions, config | {"sources": runpy.run_path(ROOT / PACKAGE / "_sources.py")["digest"](ROOT / "csrc")}
+
+
+def commands(extensions, config: dict) -> dict:
+    """setuptools' commands with _build.json, which a build in place leaves in the sources, as it does the libraries."""
+
+    def write_config(folder) -> None:
+        Path(folder, PACKAGE, "_build.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    if not extensions:
+
+        class BuildModules(build_py):
+            def run(self):
+                super().run()
+                write_config(ROOT if self.editable_mode else self.build_lib)
+
+        return {"build_py": BuildModules}
+
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildLibraries(BuildExtension):
+        def run(self):
+            super().run()
+            write_config(ROOT if self.inplace else self.build_lib)
+
+        def build_extension(self, extension):
+            library = Path(self.get_ext_fullpath(extension.name))
+            kept = kept_library(library.name, extension, config)
+            if kept and take(kept, library):
+                print(f"{extension.name} was compiled before: {kept}", flush=True)
+                return
+            super().build_extension(extension)
+            if kept:
+                keep(library, kept)
+
+    return {"build_ext": BuildLibraries}
 
 
 def main():
+    if not NEED_LIBRARIES & set(sys.argv):  # the metadata and the sdist are the same with and without
+        setup()
+        return
     extensions, config = native_extensions()
     print("gradaug_kernels build configuration")
     for key, value in config.items():
         print(f"  {key:12} {value}", flush=True)
-    (ROOT / "gradaug_kernels" / "_build.json").write_text(json.dumps(config, indent=2) + "\n")
-
-    commands = {}
-    if extensions:
-        from torch.utils.cpp_extension import BuildExtension
-
-        class BuildAlsoInPlace(BuildExtension):
-            """`python -m pytest` in a clone imports the clone, not site-packages: it needs the libraries too."""
-
-            def run(self):
-                super().run()
-                if not self.inplace:
-                    self.copy_extensions_to_source()
-
-        commands["build_ext"] = BuildAlsoInPlace
-    setup(ext_modules=extensions, cmdclass=commands)
+    setup(ext_modules=extensions, cmdclass=commands(extensions, config))
 
 
 main()

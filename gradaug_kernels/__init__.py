@@ -22,7 +22,9 @@ from .ops import (
     slim_norm_max_pool2d,
 )
 from .sampler import RandomChannels, RandomDepth, RandomLayerWidth, RandomWidth, Sampler
+from .state import plain_state_dict
 from .subnet import calibrate
+from .summary import LayerSummary, Summary, summary
 from .width import round_channels, set_width, use_width
 
 __version__ = "0.1.0"
@@ -31,6 +33,7 @@ __all__ = [
     "AccumulateIntoGrad",
     "FastSlimConv2d",
     "GradAug",
+    "LayerSummary",
     "RandomChannels",
     "RandomDepth",
     "RandomLayerWidth",
@@ -40,12 +43,14 @@ __all__ = [
     "SlimLinear",
     "StepLosses",
     "SubnetDraw",
+    "Summary",
     "alpha_divergence",
     "calibrate",
     "convert",
     "fuse",
     "fused_chains",
     "kl_divergence",
+    "plain_state_dict",
     "round_channels",
     "set_width",
     "slim_batch_norm",
@@ -55,5 +60,6 @@ __all__ = [
     "slim_linear",
     "slim_norm_conv2d",
     "slim_norm_max_pool2d",
+    "summary",
     "use_width",
 ]

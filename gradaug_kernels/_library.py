@@ -11,14 +11,23 @@ gradaug::<operator>_cuda_cpp, where `cuda_cpp_kernel` finds it. GRADAUG_CUDA say
 """
 
 import functools
-import importlib
+import importlib.machinery
+import importlib.util
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack, has_torch_function
+from torch.utils._device import DeviceContext
+from torch.utils.flop_counter import register_flop_formula
+
+from ._sources import digest
 
 _LIBRARY = torch.library.Library("gradaug", "DEF")
 _BACKENDS: dict[
@@ -48,97 +57,245 @@ def define(schema: str, reference: Callable, fake: Callable, composite: bool = F
     return getattr(torch.ops.gradaug, name).default
 
 
-def below_autograd(function: Callable) -> Callable:
-    """Decorate the forward or backward of an autograd.Function, so that operators go straight to their kernels there.
-
-    Otherwise each call passes autograd's and autocast's keys, which are Python functions and have nothing to do in it.
-    """
-
-    def call(*args):
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return function(*args)
-        with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-            return function(*args)
-
-    return call
-
-
-def differentiable(op: torch._ops.OpOverload, setup_context: Callable, backward: Callable) -> Callable:
+def differentiable(
+    op: torch._ops.OpOverload, setup_context: Callable, backward: Callable, composition: Callable, cpp: bool = False
+) -> Callable:
     """Attach the autograd formula of an operator.
+
+    Args:
+        setup_context: (ctx, inputs, output), as torch.autograd.Function's.
+        backward: (ctx, saved, needs, *grad_outputs) returns the gradients of the inputs. saved are the saved tensors,
+            needs tells which inputs take a gradient. Second derivatives are those of the operators that it calls.
+        composition: the operator composed of PyTorch's differentiable ones, which takes its place in function
+            transforms (torch.func) and forward mode.
+        cpp: csrc/autograd.cpp has the formula once more.
 
     Returns:
         The operator as an eager layer calls it: the same, without the dispatcher's way to the formula, which takes
         as long as a small layer. Arguments are positional and complete; inside autocast they are cast already.
-    """
-    torch.library.register_autograd(f"gradaug::{_name(op)}", backward, setup_context=setup_context, lib=_LIBRARY)
 
-    class Eager(torch.autograd.Function):
+    Raises:
+        ImportError: if native code was built without the formula that it should have.
+    """
+
+    class Formula(torch.autograd.Function):
         @staticmethod
-        @below_autograd
         def forward(ctx, *args):
-            output = op(*args)
+            output = _below_autograd(op, *args)
             setup_context(ctx, args, output)
             return output
 
         @staticmethod
-        @below_autograd
         def backward(ctx, *grads):
-            return backward(ctx, *grads)
+            # Unpacking may run user code that needs autograd, such as a forward pass that was checkpointed.
+            saved = ctx.saved_tensors
+            return _below_autograd(backward, ctx, saved, ctx.needs_input_grad, *grads)
 
-    eager = _in_cpp(op) or Eager.apply
+    in_cpp = _in_cpp(op) if cpp else None
+    _implement_derivatives(op, Formula.apply, composition)
+    eager = in_cpp or Formula.apply
 
     def call(*args):
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or _is_transformed() or (has_torch_function(args) and _is_overridden()):
             return op(*args)
         return eager(*args)
 
+    call.in_python, call.in_cpp = Formula.apply, in_cpp  # for tests, which compare the two
     return call
 
 
-def differentiable_into_buffer(op: torch._ops.OpOverload, setup_context: Callable, gradients: Callable) -> Callable:
-    """An operator whose weight's gradient is added to a buffer; autograd then gets none for it.
+class Destination:
+    """What a weight's gradient is added to: a buffer, or a parameter's .grad as the backward pass finds it.
 
-    gradients(ctx, dy, weight_grad) returns those of all arguments, None for the weight's, which it adds to weight_grad.
+    Autograd has the gradient where that .grad cannot take it (there is none, or of another kind), and inside
+    torch.autograd.grad. Adding counts as a change in place: the buffer's `_version` tells whether there was one.
+    csrc/autograd.cpp has the same.
+    """
+
+    def __init__(self, weight_grad: torch.Tensor):
+        self.given = weight_grad
+        self.is_parameter = weight_grad.requires_grad
+
+    def take(self, node: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The tensor to add to, and what autograd gets for `given`, which is the node's last input."""
+        if torch.compiler.is_compiling():  # a buffer: the compiled graph's own input
+            return self.given, None
+        if self.is_parameter and not (_has_a_buffer(self.given) and _is_accumulated(node.next_functions[-1][0])):
+            gradient = torch.zeros_like(self.given)
+            return gradient, gradient
+        buffer = self.given.grad if self.is_parameter else self.given
+        torch.autograd.graph.increment_version(buffer)
+        return buffer, None
+
+
+def _has_a_buffer(parameter: torch.Tensor) -> bool:
+    grad = parameter.grad
+    return (
+        parameter.requires_grad
+        and not parameter._backward_hooks
+        and not parameter._post_accumulate_grad_hooks
+        and grad is not None
+        and not grad.requires_grad
+        and (grad.layout, grad.dtype, grad.device) == (torch.strided, parameter.dtype, parameter.device)
+        and grad.stride() == parameter.stride()
+        and grad.shape == parameter.shape
+    )
+
+
+def _is_accumulated(leaf: Any) -> bool:
+    """Whether the backward pass that runs adds to the .grad of a leaf, as torch.autograd.grad does not."""
+    try:
+        return torch._C._will_engine_execute_node(leaf)
+    except RuntimeError:  # torch.autograd.grad of this very leaf
+        return False
+
+
+def differentiable_into_buffer(
+    op: torch._ops.OpOverload, setup_context: Callable, gradients: Callable, cpp: bool = False
+) -> Callable:
+    """An operator whose weight's gradient is added to a `Destination`; autograd then gets none for it.
+
+    gradients(ctx, saved, needs, dy, weight_grad) returns those of all arguments, None for the weight's, which it adds
+    to weight_grad. The others are as in `differentiable`.
 
     Returns:
         call(*args, weight_grad), args being the operator's: positional, complete, and cast already inside autocast.
+        Function transforms and forward mode leave the gradient to autograd where it would add to the same buffer,
+        and are refused elsewhere. Second derivatives are refused.
     """
+
+    weight = [argument.name for argument in op._schema.arguments].index("weight")
 
     class IntoBuffer(torch.autograd.Function):
         @staticmethod
-        @below_autograd
         def forward(ctx, *args):
-            *inputs, ctx.weight_grad = args
-            output = op(*inputs)
+            *inputs, weight_grad = args
+            ctx.destination = Destination(weight_grad)
+            ctx.is_tensor = [isinstance(a, torch.Tensor) for a in args]
+            output = _below_autograd(op, *inputs)
             setup_context(ctx, inputs, output)
             return output
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
-        @below_autograd
         def backward(ctx, dy, *_):
-            return *gradients(ctx, dy, ctx.weight_grad), None
+            compiling, destination = torch.compiler.is_compiling(), ctx.destination
+            if torch.is_grad_enabled() and not compiling:
+                raise RuntimeError(
+                    "a weight's gradient that is added to a buffer has no second derivative (create_graph=True); "
+                    "leave gradients to autograd (accumulate=False)"
+                )
+            needs = list(ctx.needs_input_grad) if compiling else _executed_inputs(ctx)
+            if destination.is_parameter:
+                needs[weight] = needs[-1]
+            saved = ctx.saved_tensors
+            weight_grad = for_autograd = None
+            if dy is not None and needs[weight]:
+                weight_grad, for_autograd = destination.take(ctx)
+            return *_below_autograd(gradients, ctx, saved, needs, dy, weight_grad), for_autograd
 
-    eager = _in_cpp(op) or IntoBuffer.apply
+    in_cpp = _in_cpp(op) if cpp else None
+    eager = in_cpp or IntoBuffer.apply
 
     def call(*args):
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
             return IntoBuffer.apply(*args)
+        if _is_transformed():
+            *inputs, weight_grad = args
+            own = (a for a in inputs if isinstance(a, torch.nn.Parameter))
+            if any(a is weight_grad or a.grad is weight_grad for a in own):
+                return op(*inputs)
+            raise RuntimeError(
+                "weight_grad must be None, the weight or its grad inside function transforms (torch.func) and forward "
+                "mode, got another buffer; leave gradients to autograd (accumulate=False)"
+            )
         return eager(*args)
 
+    call.in_python, call.in_cpp = IntoBuffer.apply, in_cpp
     return call
 
 
-def differentiable_once(*ops: torch._ops.OpOverload) -> None:
-    """Make backward operators refuse to be differentiated, instead of returning silently wrong second derivatives."""
+def composed(op: torch._ops.OpOverload, composition: Callable) -> None:
+    """Let PyTorch differentiate a backward operator: its composition of PyTorch's operators takes its place then."""
+    _implement_derivatives(op, composition, composition)
 
-    def refuse(ctx, *grads):
-        raise RuntimeError(
-            "gradaug_kernels operators are differentiable once; a second derivative was asked for (create_graph=True)"
-        )
 
-    for op in ops:
-        differentiable(op, lambda ctx, inputs, output: None, refuse)
+def batched(op: torch._ops.OpOverload) -> Callable:
+    """Decorate what takes an operator's place inside torch.func.vmap."""
+
+    def register(function):
+        _LIBRARY.impl(_name(op), function, "FuncTorchBatchedDecomposition")
+        return function
+
+    return register
+
+
+def not_differentiable(op: torch._ops.OpOverload) -> None:
+    """Let an operator that adds to a buffer refuse to be differentiated, or called inside a function transform."""
+
+    def refuse(*args):
+        raise RuntimeError(f"{_name(op)} adds to a buffer and has no derivative")
+
+    _implement_derivatives(op, refuse, refuse)
+
+
+def _implement_derivatives(op: torch._ops.OpOverload, apply: Callable, composition: Callable) -> None:
+    """What serves an operator where a gradient is asked for, and inside function transforms and forward mode."""
+
+    def kernel(keyset, *args):
+        if _is_transformed():
+            return composition(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    _LIBRARY.impl(_name(op), kernel, "Autograd", with_keyset=True)
+    batched(op)(composition)
+
+
+def _is_transformed() -> bool:
+    """Inside a function transform (torch.func) or a level of forward mode, which C++ formulas do not follow."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _is_overridden() -> bool:
+    """Whether functions are overridden by more than torch.set_default_device, which concerns no operator of ours."""
+    modes = _get_current_function_mode_stack()
+    return not modes or any(not isinstance(mode, DeviceContext) for mode in modes)
+
+
+def _below_autograd(function: Callable, *args):
+    """Call with operators going straight to their kernels, but where their derivatives may be asked for.
+
+    Otherwise each call passes autograd's and autocast's keys, which are Python functions and have nothing to do in the
+    forward and backward of an autograd.Function.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_transformed():
+        return function(*args)
+    with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        return function(*args)
+
+
+def _executed_inputs(ctx) -> list[bool]:
+    """Which inputs this backward pass wants the gradients of: torch.autograd.grad names some that need one."""
+    needs = list(ctx.needs_input_grad)
+    nodes = iter(ctx.next_functions)
+    for i, is_tensor in enumerate(ctx.is_tensor):
+        node = next(nodes)[0] if is_tensor else None
+        needs[i] = node is not None and _is_executed(node)
+    return needs
+
+
+def _is_executed(node) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf that torch.autograd.grad was asked for
+        return True
+
+
+def count_flops(op: torch._ops.OpOverload, formula: Callable) -> None:
+    """What torch.utils.flop_counter counts: formula takes the operator's arguments, tensors as their shapes."""
+    register_flop_formula(getattr(torch.ops.gradaug, _name(op)))(lambda *args, out_shape, **kwargs: formula(*args))
 
 
 def autocast_rule(op: torch._ops.OpOverload) -> Callable:
@@ -205,46 +362,122 @@ def is_composed(name: str, device: str) -> bool:
     return _BACKENDS.get(name, {}).get(device, "composite") == "composite"
 
 
+@functools.cache
 def build_config() -> dict:
-    """What setup.py decided and printed: torch and CUDA versions, flags, targets. Empty where nothing was built."""
-    path = Path(__file__).with_name("_build.json")
-    return json.loads(path.read_text()) if path.exists() else {}
+    """What setup.py decided and printed: torch and CUDA versions, flags, targets. Empty where nothing was built.
+
+    "folder" is where the libraries are: beside this file, or, in a clone whose own do not fit, or that has none, where
+    the package is installed with libraries of the clone's native sources.
+    """
+    own = Path(__file__).parent
+    installed = [Path(entry, "gradaug_kernels") for entry in sys.path] if _clone_sources() else []
+    found = []
+    for folder in (own, *installed):
+        if (folder / "_build.json").exists():
+            found.append({**json.loads((folder / "_build.json").read_text()), "folder": str(folder)})
+            if _fits(found[-1]):
+                return found[-1]
+    return found[0] if found and found[0]["folder"] == str(own) else {}
 
 
 def load_native() -> None:
     """Import the native libraries that were built. Called once, before the first operator is defined.
 
+    Where none were, or only some, the references serve every operator, and one warning says so.
+
     Raises:
-        ImportError: if they were built against another torch than the one imported.
+        ImportError: if they were built against another torch than the one imported, or cannot be loaded.
     """
     config = build_config()
-    if not config.get("cpu"):
+    if config and not config["cpu"]:
         return
-    built, found = (".".join(version.split(".")[:2]) for version in (config["torch"], torch.__version__))
-    if built != found:
+    folder = Path(config.get("folder", Path(__file__).parent))
+    names = _library_names(config)
+    missing = [_library_path(folder, name).name for name in names if not _library_path(folder, name).exists()]
+    if not config or missing:
+        warnings.warn(
+            f"gradaug_kernels runs on its PyTorch references, which are slow: {folder} has no "
+            f"{', '.join(missing) or '_build.json'}; run `pip install -e .` in the folder of its sources",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return
+    in_place = _clone_sources() and folder == Path(__file__).parent
+    mend = "pip install --no-deps -e ." if in_place else "pip install --no-deps --force-reinstall ."
+    if _release(config["torch"]) != _release(torch.__version__):
         raise ImportError(
             f"gradaug_kernels was built against torch {config['torch']}, but torch {torch.__version__} is imported; "
-            "run `pip install --no-build-isolation --no-deps --force-reinstall .` in its source folder"
+            f"run `{mend}` in the folder of its sources"
         )
-    # A CUDA library needs libtorch_cuda, which a CPU build of the same torch release does not have.
-    with_cuda = config["cuda"] and torch.version.cuda and cuda_choice() != "reference"
-    for name in ("_autograd", "_cpu", "_cuda") if with_cuda else ("_autograd", "_cpu"):
+    if in_place and config.get("sources") != _clone_sources():
+        warnings.warn(
+            f"gradaug_kernels' libraries in {folder} are of other sources than csrc/ has now; "
+            "run `python setup.py build_ext --inplace`",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    for name in names:
         try:
-            importlib.import_module(f"gradaug_kernels.{name}")
+            _import_library(f"gradaug_kernels.{name}", _library_path(folder, name))
         except ImportError as error:
             raise ImportError(
                 f"gradaug_kernels.{name} was built for torch {config['torch']} but cannot be loaded ({error}); "
-                "run `pip install .` again in the folder of gradaug_kernels' sources"
+                f"run `{mend}` in the folder of its sources"
             ) from error
 
 
+def _fits(config: dict) -> bool:
+    """Whether libraries are for this Python and torch and, in a clone, of its sources."""
+    if not config["cpu"]:
+        return True
+    there = all(_library_path(Path(config["folder"]), name).exists() for name in _library_names(config))
+    same_sources = _clone_sources() in (None, config.get("sources"))
+    return there and same_sources and _release(config["torch"]) == _release(torch.__version__)
+
+
+def _library_names(config: dict) -> tuple[str, ...]:
+    # A CUDA library needs libtorch_cuda, which a CPU build of the same torch release does not have.
+    with_cuda = config.get("cuda") and torch.version.cuda and cuda_choice() != "reference"
+    return ("_autograd", "_cpu", "_cuda") if with_cuda else ("_autograd", "_cpu")
+
+
+def _library_path(folder: Path, name: str) -> Path:
+    return folder / f"{name}{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+
+
+def _release(version: str) -> tuple[str, ...]:
+    """What two versions of torch must share for one to load the other's libraries: ("2", "14")."""
+    return tuple(version.split(".")[:2])
+
+
+@functools.cache
+def _clone_sources() -> str | None:
+    """The digest of the native sources beside the package, None where it is installed without them."""
+    csrc = Path(__file__).parent.parent / "csrc"
+    return digest(csrc) if (csrc / "module.cpp").exists() else None
+
+
+def _import_library(name: str, path: Path) -> None:
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[name] = module
+
+
 def _in_cpp(op: torch._ops.OpOverload) -> Callable | None:
-    """The operator with its autograd formula in C++ (csrc/autograd.cpp), if it has one and that was built.
+    """The operator with its autograd formula in C++ (csrc/autograd.cpp); None where nothing native was built.
 
     It takes the operator's arguments, and perhaps a buffer for the weight's gradient after them.
     """
     library = sys.modules.get("gradaug_kernels._autograd")
-    return getattr(library, _name(op), None)
+    if library is None:
+        return None
+    if not hasattr(library, _name(op)):
+        raise ImportError(
+            f"gradaug_kernels._autograd must have the formula of {_name(op)}, got a build of other sources; "
+            "run `pip install .` again in the folder of gradaug_kernels' sources"
+        )
+    return getattr(library, _name(op))
 
 
 def _name(op: torch._ops.OpOverload) -> str:

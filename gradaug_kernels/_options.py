@@ -14,3 +14,8 @@ def keyword_options(function):
     """The keyword-only parameters of `function` as {name: default}: the options that a configuration may set."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def printable(text):
+    """`text` with what a terminal would obey (control characters and the like) as escape sequences, on one line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

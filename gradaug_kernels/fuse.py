@@ -3,17 +3,24 @@
 Each module that calls a SlimBatchNorm2d directly is traced on its own with torch.fx, its children as leaves, and its
 forward is replaced by one that calls the batch norm with the residual and the ReLU, and runs convolutions, batch norms
 and max pooling that follow each other as one chain (chain.py). Nothing else of the module changes: its class stays a
-subclass of what it was, its children, parameters, state_dict and hooks are the same.
+subclass of what it was, its children, parameters, state_dict and hooks are the same. Where it is no longer what was
+traced, because a layer was replaced or has a hook, it runs its own forward again.
 """
 
+import copy
+import functools
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as nn_module
 
+from ._tracing import Tracer
 from .chain import run_chain
 from .nn import FastSlimConv2d, SlimBatchNorm2d
 
@@ -29,9 +36,9 @@ def fuse(model: nn.Module, recompute: bool = False) -> nn.Module:
 
     Of a chain conv, norm, ReLU, conv, ... the backward pass then keeps the convolutions' results alone. A batch norm
     whose output has other uses stays a layer of its own. A module whose forward cannot be traced, or does something
-    else in training than in evaluation, is left as it is; `fused_chains` tells. A fused ReLU module, and one of
-    nn.Dropout with p = 0, is no longer called, so hooks on it do not fire. What a traced forward read from other
-    attributes of its module stays what it was.
+    else in training than in evaluation, is left as it is; `fused_chains` tells. A module runs its own forward, unfused,
+    while torch.fx traces it, and as long as one of its layers is another than the one that was traced, has hooks, or a
+    number, string or function among the module's attributes has changed.
 
     Args:
         model: a model with SlimBatchNorm2d layers; `convert` calls this on its result. Changed in place.
@@ -42,20 +49,20 @@ def fuse(model: nn.Module, recompute: bool = False) -> nn.Module:
     Returns:
         The same model.
     """
-    for module in list(model.modules()):
+    for module in reversed(list(model.modules())):  # inner ones first: fusing changes the class that outer ones note
         if not isinstance(module, _Fused) and _batch_norms(module):
             _fuse_module(module, recompute)
     return model
 
 
 def fused_chains(model: nn.Module) -> dict[str, str]:
-    """What each batch norm runs in one operator: {"layer1.0.bn2": "batch_norm + relu + convolution", ...}.
+    """What each batch norm runs in one operator now: {"layer1.0.bn2": "batch_norm + relu + convolution", ...}.
 
     A convolution before it is named where the backward pass computes that again ("recomputed convolution + ...").
     """
     chains = {name: "batch_norm" for name, module in model.named_modules() if isinstance(module, SlimBatchNorm2d)}
     for name, module in model.named_modules():
-        if isinstance(module, _Fused):
+        if isinstance(module, _Fused) and module._traced.is_still_true(module):
             for child, chain in module._chains.items():
                 chains[f"{name}.{child}" if name else child] = chain
     return chains
@@ -74,25 +81,117 @@ def _fuse_module(module: nn.Module, recompute: bool) -> None:
     graph = _trace(module)
     if graph is None:
         return
+    traced = _Traced.of(module, graph)
     chains = {node.target: chain for node, chain in _join_adds_and_relus(graph, module)}
     for nodes in _find_chains(graph, module):
         chains |= _replace_chain(graph, module, nodes, recompute)
     if not chains:
         return
     graph.lint()
-    forward = fx.GraphModule(module, graph).__class__.forward
-    original = type(module)
-    module._chains, module._recompute = chains, recompute
+    fused, original = fx.GraphModule(module, graph).__class__.forward, type(module)
+    own = original.forward
+
+    @functools.wraps(own)
+    def forward(self, *args, **kwargs):
+        if original.forward is not own or _calls_of_fx(args) or not self._traced.is_still_true(self):
+            return original.forward(self, *args, **kwargs)
+        return fused(self, *args, **kwargs)
+
+    module.__dict__.update(_traced=traced, _chains=chains, _recompute=recompute)
     module.__class__ = type(
         original.__name__, (_Fused, original), {"forward": forward, "_original": original, "__doc__": original.__doc__}
     )
 
 
+def _calls_of_fx(args: tuple) -> bool:
+    return any(arg.__class__ is not Tensor and isinstance(arg, fx.Proxy) for arg in args)
+
+
+class _Called(NamedTuple):
+    """A module that the traced code calls: siblings[name] is it."""
+
+    siblings: dict[str, nn.Module]
+    name: str
+    module: nn.Module
+    kind: type
+
+
+class _Traced(NamedTuple):
+    """What must be as it was for the fused forward to be the module's own."""
+
+    called: tuple[_Called, ...]
+    read: tuple[tuple[str, Any], ...]  # attributes of the module itself that its code may have read
+    required: tuple[tuple[Callable[[nn.Module], bool], nn.Module], ...]
+
+    @classmethod
+    def of(cls, module: nn.Module, graph: fx.Graph) -> "_Traced":
+        called: dict[str, _Called] = {}
+        for node in graph.nodes:
+            if node.op == "call_module":
+                owner, path = module, ""
+                for name in node.target.split("."):
+                    child, path = owner._modules[name], f"{path}.{name}"
+                    called[path] = _Called(owner._modules, name, child, type(child))
+                    owner = child
+        attributes = vars(module).items()
+        read = [(n, v) for n, v in attributes if _is_plain(v) and n[:1] != "_" and n != "training"]
+        required = [
+            (condition, call.module)
+            for call in called.values()
+            for kind, condition in _REQUIRED.items()
+            if call.kind is kind and condition(call.module)
+        ]
+        return cls(tuple(called.values()), tuple(read), tuple(required))
+
+    def is_still_true(self, module: nn.Module) -> bool:
+        for siblings, name, child, kind in self.called:
+            if siblings.get(name) is not child or child.__class__ is not kind or _is_hooked(child.__dict__):
+                return False
+        attributes = module.__dict__
+        for name, value in self.read:
+            now = attributes.get(name, attributes)
+            if now is not value and now != value:
+                return False
+        for condition, child in self.required:
+            if not condition(child):
+                return False
+        return not _is_hooked_everywhere()
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it can be compared with what is there later, and cannot be changed in place."""
+    if isinstance(value, tuple):
+        return all(_is_plain(element) for element in value)
+    return value is None or isinstance(value, bool | int | float | str | FunctionType | BuiltinFunctionType)
+
+
+def _is_hooked(of: dict[str, Any]) -> bool:
+    """Whether a call of the module of these attributes is more than its class's forward."""
+    hooks = of["_forward_hooks"] or of["_forward_pre_hooks"] or of["_backward_hooks"] or of["_backward_pre_hooks"]
+    return bool(hooks) or "forward" in of
+
+
+def _is_hooked_everywhere() -> bool:
+    return bool(
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
+
+
 class _Fused:
-    """Mixed into the class of a module with a rewritten forward, which is made again by copies and pickles."""
+    """Mixed into the class of a module with a rewritten forward, which pickles make again."""
+
+    def __deepcopy__(self, memo):
+        # Of the same class, as torch.func.stack_module_state wants it.
+        memo[id(self)] = copied = self.__class__.__new__(self.__class__)
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def __reduce_ex__(self, protocol):
-        return _rebuild, (self._original, self.__dict__)
+        state = {name: value for name, value in vars(self).items() if name not in ("_traced", "_chains", "_recompute")}
+        return _Unfused.make, (self._original, self._recompute), state
 
     def __getitem__(self, index):
         # A slice of an nn.Sequential is another Sequential: of the original layers, not with this one's forward.
@@ -101,17 +200,24 @@ class _Fused:
         return super().__getitem__(index)
 
 
-def _rebuild(original: type, state: dict) -> nn.Module:
-    module = original.__new__(original)
-    module.__setstate__(state)
-    _fuse_module(module, module._recompute)
-    return module
+class _Unfused:
+    """Mixed into the class of a module read from a pickle that is yet to get its attributes, which may refer to it."""
+
+    @staticmethod
+    def make(original: type, recompute: bool) -> nn.Module:
+        cls = type(original.__name__, (_Unfused, original), {"_original": original, "_recompute": recompute})
+        return cls.__new__(cls)
+
+    def __setstate__(self, state: dict) -> None:
+        recompute, self.__class__ = self._recompute, self._original
+        self.__setstate__(state)
+        _fuse_module(self, recompute)
 
 
 # ---- the graph
 
 
-class _ChildrenAreLeaves(fx.Tracer):
+class _ChildrenAreLeaves(Tracer):
     def is_leaf_module(self, module, name):
         return True
 
@@ -213,6 +319,11 @@ def _is_layer(node: fx.Node, module: nn.Module) -> bool:
     return type(layer) is SlimBatchNorm2d or (type(layer) is FastSlimConv2d and len(node.args) == 1)
 
 
+def _is_plain_convolution(layer: FastSlimConv2d) -> bool:
+    """Whether it pads with zeros, the same on opposite sides."""
+    return layer._explicit_padding is None
+
+
 def _is_plain_pooling(layer: nn.MaxPool2d) -> bool:
     """Whether it is one that `slim_norm_max_pool2d` computes."""
     kernel = layer.kernel_size
@@ -232,7 +343,15 @@ def _drops_nothing(node: fx.Node, module: nn.Module) -> bool:
     if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
         return False
     layer = module.get_submodule(node.target)
-    return type(layer) is nn.Dropout and layer.p == 0
+    return type(layer) is nn.Dropout and _is_identity(layer)
+
+
+def _is_identity(layer: nn.Dropout) -> bool:
+    return layer.p == 0
+
+
+# What is asked of a layer when it is fused; where it was true then, it must be so at every call.
+_REQUIRED = {nn.MaxPool2d: _is_plain_pooling, nn.Dropout: _is_identity, FastSlimConv2d: _is_plain_convolution}
 
 
 def _may_follow(node: fx.Node, before: fx.Node, module: nn.Module) -> bool:
@@ -243,7 +362,7 @@ def _may_follow(node: fx.Node, before: fx.Node, module: nn.Module) -> bool:
         return isinstance(previous, FastSlimConv2d)
     if not isinstance(previous, SlimBatchNorm2d) or _norm_arguments(before)[1] is not None:  # [1]: the residual
         return False
-    return isinstance(layer, nn.MaxPool2d) or layer._explicit_padding is None
+    return isinstance(layer, nn.MaxPool2d) or _is_plain_convolution(layer)
 
 
 def _norm_arguments(node: fx.Node) -> tuple:

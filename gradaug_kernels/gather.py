@@ -7,6 +7,8 @@ first channels are all it has; its gradient is scattered back into the chosen ch
 import torch
 from torch import Tensor
 
+from ._library import Destination
+
 
 def gather_weight(
     weight: Tensor, outputs: Tensor | None, inputs: Tensor | None, weight_grad: Tensor | None = None
@@ -16,8 +18,8 @@ def gather_weight(
     Args:
         weight: [O, I, ...], of a convolution in NHWC.
         outputs, inputs: int64 [out] and [in], distinct; None keeps all.
-        weight_grad: of weight's shape: the backward pass adds the gradient to the chosen channels of it, and autograd
-            gets none.
+        weight_grad: of weight's shape, a buffer or a parameter whose .grad is one: the backward pass adds the gradient
+            to its chosen channels, and autograd gets none.
 
     Returns:
         [out, in, ...], of a convolution in NHWC.
@@ -37,13 +39,14 @@ def _gather(weight: Tensor, outputs: Tensor | None, inputs: Tensor | None) -> Te
 class _GatherIntoBuffer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, outputs, inputs, weight_grad):
-        ctx.outputs, ctx.inputs, ctx.weight_grad = outputs, inputs, weight_grad
+        ctx.outputs, ctx.inputs, ctx.destination = outputs, inputs, Destination(weight_grad)
         return _gather(weight, outputs, inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        buffer, gradient = ctx.weight_grad.movedim(1, -1), gradient.movedim(1, -1).to(ctx.weight_grad.dtype)
+        weight_grad, for_autograd = ctx.destination.take(ctx)
+        buffer, gradient = weight_grad.movedim(1, -1), gradient.movedim(1, -1).to(weight_grad.dtype)
         if ctx.outputs is None:
             buffer.index_add_(-1, ctx.inputs, gradient)
         elif ctx.inputs is None:
@@ -51,4 +54,4 @@ class _GatherIntoBuffer(torch.autograd.Function):
         else:
             rows = buffer.index_select(0, ctx.outputs).index_add_(-1, ctx.inputs, gradient)
             buffer.index_copy_(0, ctx.outputs, rows)
-        return None, None, None, None
+        return None, None, None, for_autograd

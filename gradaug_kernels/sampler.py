@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .channels import ChannelClass, channel_classes, channels_in, channels_out, sliced_layers
 from .nn import FastSlimConv2d, SlimBatchNorm2d, SlimLinear
-from .width import check_width, set_width, slim_modules
+from .width import check_width, refuse_replaced_layers, set_width, slim_modules
 
 BELOW_ONE = math.nextafter(1.0, 0.0)  # keeps all channels of a layer in a network that is not the full one
 
@@ -69,7 +69,7 @@ class RandomWidth:
         return sorted([self.min_width, *free], reverse=True)
 
     def select(self, subnet: float | None) -> None:
-        self.statistics.hold(subnet == 1.0)
+        self.statistics.hold(subnet is not None and check_width(subnet) == 1.0)
         set_width(self.model, 1.0 if subnet is None else subnet)
 
 
@@ -89,6 +89,7 @@ class RandomLayerWidth:
 
     def bind(self, model: nn.Module, num_subnets: int) -> None:
         set_width(model, 1.0)
+        refuse_replaced_layers(model)
         model = _unwrapped(model)
         modules = dict(model.named_modules())
         self.classes = [[modules[name] for name in found.layers] for found in channel_classes(model)]
@@ -105,7 +106,7 @@ class RandomLayerWidth:
         return [*sorted(drawn, key=sum, reverse=True), (self.min_width,) * len(self.classes)]
 
     def select(self, subnet: tuple[float, ...] | None) -> None:
-        full = subnet is None or min(subnet) == 1.0
+        full = subnet is None or check_width(min(subnet)) == 1.0
         self.statistics.hold(full and subnet is not None)
         for layers, width in zip(self.classes, (1.0,) * len(self.classes) if full else subnet, strict=True):
             for layer in layers:

@@ -19,7 +19,8 @@ def calibrate(model: nn.Module, widths: Sequence[float], loader: Iterable, num_b
 
     Args:
         model: a model with SlimBatchNorm2d layers.
-        widths: widths in (0, 1]; ones that the layers do not list are added.
+        widths: widths in (0, 1], taken to six decimals; ones that the layers do not list are added, their statistics
+            in state_dict but not in `buffers()`.
         loader: yields batches of images [N, C, H, W], or tuples that start with them; iterated once per width.
         num_batches: batches per width; None takes all.
 
@@ -40,7 +41,7 @@ def calibrate(model: nn.Module, widths: Sequence[float], loader: Iterable, num_b
             norm.momentum = None
         for width in widths:
             for norm in norms:
-                norm.add_width(width)
+                norm._add_width(width, as_buffers=False)
                 norm.reset_width_stats(width)
             with use_width(model, width):
                 seen = 0

@@ -18,6 +18,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._cuda_paths import DIRECTIONS, TUNING, Geometry, bucket, candidates, card_name, paths_built
+from ._torchvision import torchvision_module
 
 NETWORKS = ("resnet50", "wrn-28-10", "resnext50", "mobilenet-v3-large")
 WIDTHS = (1.0, 0.97, 0.93, 0.9, 0.8)
@@ -25,16 +26,15 @@ WIDTHS = (1.0, 0.97, 0.93, 0.9, 0.8)
 
 def build_network(name: str) -> tuple[nn.Module, int]:
     """A network of NETWORKS, converted, its convolutions one by one, and the image size it is made for."""
-    import torchvision
-
     from .convert import convert
     from .models.wide_resnet import wide_resnet
 
+    published = torchvision_module("models")
     builders = {
-        "resnet50": (torchvision.models.resnet50, 224),
+        "resnet50": (published.resnet50, 224),
         "wrn-28-10": (lambda: wide_resnet(100), 32),
-        "resnext50": (torchvision.models.resnext50_32x4d, 224),
-        "mobilenet-v3-large": (torchvision.models.mobilenet_v3_large, 224),
+        "resnext50": (published.resnext50_32x4d, 224),
+        "mobilenet-v3-large": (published.mobilenet_v3_large, 224),
     }
     build, size = builders[name]
     return convert(build(), fuse_chains=False), size

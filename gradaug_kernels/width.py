@@ -7,14 +7,17 @@ from torch import nn
 
 
 def check_width(width: float) -> float:
-    """The width as a float.
+    """The width as a float of six decimals, which is the one way in which widths are compared and named.
+
+    Arithmetic leaves 0.7999999999999999 of 0.8 and 0.9999999999 of 1, float32 0.800000012; each is the width meant.
 
     Raises:
         ValueError: for a width outside (0, 1].
     """
-    if not 0.0 < width <= 1.0:
+    rounded = round(float(width), 6)
+    if not 0.0 < rounded <= 1.0:
         raise ValueError(f"width must be in (0, 1], got {width}")
-    return float(width)
+    return rounded
 
 
 def round_channels(channels: int, width: float, divisor: int = 1) -> int:
@@ -27,7 +30,7 @@ def round_channels(channels: int, width: float, divisor: int = 1) -> int:
 
     Args:
         channels: channels at width 1.
-        width: in (0, 1].
+        width: in (0, 1], taken to six decimals.
         divisor: what the result is a multiple of, unless it is `channels`.
 
     Raises:
@@ -61,17 +64,46 @@ def slim_modules(model: nn.Module) -> list[nn.Module]:
     return modules
 
 
+def remember_layers(model: nn.Module) -> None:
+    """Let `set_width` refuse layers without a width in the place of those that `model` has now."""
+    layers = ((name, type(module).__name__) for name, module in model.named_modules() if hasattr(module, "_set_width"))
+    model.__dict__["_layers_of_a_width"] = tuple((tuple(name.split(".")), kind) for name, kind in layers if name)
+
+
+def refuse_replaced_layers(model: nn.Module) -> None:
+    """Raises ValueError for a layer without a width where `remember_layers` saw one with it."""
+    for root in model.modules():
+        for path, kind in root.__dict__.get("_layers_of_a_width", ()):
+            module = root
+            for name in path:
+                module = None if module is None else module._modules.get(name)
+            if module is None or hasattr(module, "_set_width") or not _has_a_state_of_its_own(module):
+                continue
+            raise ValueError(
+                f"'{'.'.join(path)}' must be of adjustable width below width 1, as the {kind} that convert made, "
+                f"got {type(module).__name__}; put a {kind} of the same arguments there"
+            )
+
+
+def _has_a_state_of_its_own(module: nn.Module) -> bool:
+    tensors = next(module.parameters(), next(module.buffers(), None))
+    return tensors is not None and not any(hasattr(inner, "_set_width") for inner in module.modules())
+
+
 def set_width(model: nn.Module, width: float) -> None:
     """Run `model` as its sub-network of `width` from now on: the first channels of every layer.
 
     Args:
         model: a model with FastSlimConv2d, SlimLinear or SlimBatchNorm2d layers.
-        width: in (0, 1]; 1 is the full network.
+        width: in (0, 1], taken to six decimals; 1 is the full network.
 
     Raises:
-        ValueError: for a width outside (0, 1], one that leaves a layer no channel, or a model without such layers.
+        ValueError: for a width outside (0, 1], one that leaves a layer no channel, a model without such layers, or one
+            in which a layer of adjustable width was replaced by one that is not.
     """
     width = check_width(width)
+    if width != 1.0:
+        refuse_replaced_layers(model)
     for module in slim_modules(model):
         module._set_width(width)
 

@@ -53,3 +53,16 @@ def test_compiled_step_equals_eager_step(recompute):
         step = gk.GradAug(network, torch.optim.SGD(m.parameters(), 0.1), resolutions=(12, 10))
         losses.append([torch.stack((r.full, *r.subnets)) for r in (step(images, targets) for _ in range(3))])
     torch.testing.assert_close(torch.stack(losses[1]), torch.stack(losses[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_private_widths_make_a_graph_each():
+    """And one for all others together: torch._dynamo.config.recompile_limit must be as many."""
+    widths = [round(0.5 + 0.05 * i, 2) for i in range(11)]
+    m = gk.convert(nn.Sequential(nn.Conv2d(3, 20, 1), nn.BatchNorm2d(20), nn.ReLU()), widths=widths)
+    compiled = torch.compile(m, backend="eager", fullgraph=True)
+    with torch._dynamo.config.patch(recompile_limit=len(widths) + 1):
+        for width in (*widths, 0.53, 0.71, *widths):
+            with gk.use_width(m, width):
+                compiled(torch.randn(2, 3, 8, 8))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(widths) + 1
+    assert m[1].num_batches_tracked_0_5 == m[1].num_batches_tracked == 2

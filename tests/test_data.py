@@ -278,7 +278,7 @@ def test_cifar_is_read_through_torchvision(tmp_path, monkeypatch):
 
 
 def test_cifar_that_is_not_there(tmp_path):
-    message = f"must hold cifar-10-batches-py, got {tmp_path} without it; data.download=true fetches it"
+    message = f"must hold cifar-10-batches-py, undamaged, got {tmp_path} without it; data.download=true fetches it"
     with pytest.raises(FileNotFoundError, match=message):
         data.load("cifar10", tmp_path)
 

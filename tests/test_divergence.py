@@ -67,3 +67,17 @@ def test_bad_arguments():
         gk.alpha_divergence(teacher, z, alphas=(0, 1))
     with pytest.raises(ValueError, match="clip must be positive, got 0"):
         gk.alpha_divergence(teacher, z, clip=0)
+
+
+@pytest.mark.parametrize("divergence", [gk.kl_divergence, gk.alpha_divergence])
+@pytest.mark.parametrize("places", [(6,), (3, 2)])
+def test_places_of_an_image_are_averaged_as_images_are(divergence, places):
+    """As F.cross_entropy averages them."""
+    rows_t, rows_z = probabilities(4 * 6, 7, 1), logits(4 * 6, 7)
+
+    def dense(rows):
+        return rows.reshape(4, *places, 7).movedim(-1, 1)  # [N, classes, ...]
+
+    values = divergence(rows_t, rows_z), divergence(dense(rows_t), dense(rows_z))
+    torch.testing.assert_close(*values, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(*(torch.autograd.grad(value, rows_z)[0] for value in values), rtol=1e-12, atol=1e-15)

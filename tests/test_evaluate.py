@@ -128,7 +128,7 @@ def test_a_calibrated_network():
     [
         (("--parts", "speed"), "parts must be of widths, corruptions, attacks, calibration, got speed"),
         (("--constants", "mnist"), "constants must be one of auto, imagenet, cifar, got mnist"),
-        (("--epsilons", "0"), "epsilons positive, got 0, 10 and [0.0]"),
+        (("--epsilons", "0"), "epsilons positive, up to 255, got 0, 10 and [0.0]"),
         (("--relative-to", "nowhere.json"), "No such file or directory: 'nowhere.json'"),
         (("--widths", "1.5"), "evaluate.widths must be widths in (0, 1], got [1.5]"),
     ],

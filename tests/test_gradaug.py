@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import gradaug_kernels as gk
 from benchmarks.eager import eager_slimmable, eager_step, set_eager_width
+from gradaug_kernels.models import CifarResNet
 
 
 def small_resnet(block=torchvision.models.resnet.BasicBlock):
@@ -25,6 +26,12 @@ def small_bottlenecks():
 
 def sgd(model, lr=0.05):
     return torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+
+def linear_step(**options):
+    """Of a model that is not called."""
+    model = gk.convert(nn.Linear(2, 2))
+    return gk.GradAug(model, sgd(model), **options)
 
 
 def batches(n, size=16):
@@ -72,7 +79,7 @@ def test_ten_steps_equal_plain_pytorch(network, lr, accumulate, recompute):
 
 
 def test_draws_are_the_published_distribution():
-    step = gk.GradAug(gk.convert(nn.Linear(2, 2)), None, num_subnets=3, min_width=0.9, resolutions=(224, 192, 160, 128))
+    step = linear_step(num_subnets=3, min_width=0.9, resolutions=(224, 192, 160, 128))
     draws = [step.draw() for _ in range(400)]
     for widths in ([draw.width for draw in drawn] for drawn in draws):
         assert widths == sorted(widths, reverse=True)
@@ -86,7 +93,7 @@ def test_draws_are_the_published_distribution():
 
 def test_draws_depend_on_the_seed_alone_and_resume():
     def make(seed):
-        return gk.GradAug(gk.convert(nn.Linear(2, 2)), None, resolutions=(8, 6), seed=seed)
+        return linear_step(resolutions=(8, 6), seed=seed)
 
     first, second, other = make(3), make(3), make(4)
     torch.manual_seed(1)
@@ -200,9 +207,8 @@ def test_the_gradient_is_the_sum_of_the_losses(options, subnet_loss):
 
 
 def test_distinct_transforms():
-    model = gk.convert(nn.Linear(2, 2))
     transforms = [lambda x: x, lambda x: -x, lambda x: 2 * x, lambda x: x + 1]
-    step = gk.GradAug(model, None, num_subnets=3, transforms=transforms, distinct_transforms=True)
+    step = linear_step(num_subnets=3, transforms=transforms, distinct_transforms=True)
     draws = [[draw.transform for draw in step.draw()] for _ in range(50)]
     assert all(len(set(drawn)) == 3 for drawn in draws)
     assert all({drawn[i] for drawn in draws} == {0, 1, 2, 3} for i in range(3))
@@ -267,15 +273,267 @@ def test_kl_divergence_has_the_gradient_of_soft_cross_entropy():
 )
 def test_bad_settings(options, message):
     with pytest.raises(ValueError, match=message):
-        gk.GradAug(gk.convert(nn.Linear(2, 2)), None, **options)
+        linear_step(**options)
 
 
 def test_bad_images_and_models():
     with pytest.raises(ValueError, match="layers of adjustable width, got Linear without any"):
-        gk.GradAug(nn.Linear(2, 2), None)
+        gk.GradAug(plain := nn.Linear(2, 2), sgd(plain))
     model = gk.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 6, 2)))
     step = gk.GradAug(model, sgd(model), resolutions=(2, 3))
     with pytest.raises(TypeError, match=r"images must be floating point \(normalised\), got torch.uint8"):
         step(torch.zeros(2, 3, 2, 3, dtype=torch.uint8), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="images must be square to be resized, got 2 x 3 pixels"):
         step(torch.zeros(2, 3, 2, 3), torch.tensor([0, 1]))
+
+
+# ---- what has part in a step
+
+
+class Branches(nn.Module):
+    """A layer in some steps only, one never, and a frozen one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.frozen = nn.Conv2d(8, 8, 1).requires_grad_(False)
+        self.sometimes = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
+        self.never = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+        self.head = nn.Linear(8, 10)
+        self.calls = 0
+
+    def forward(self, x):
+        h = self.frozen(self.stem(x))
+        self.calls += 1
+        if (self.calls - 1) % 9 < 3:  # in every third step
+            h = h + self.sometimes(h)
+        return self.head(h.mean((2, 3)))
+
+
+@pytest.mark.parametrize("autocast_dtype", [None, torch.bfloat16])
+def test_both_ways_to_gather_gradients_train_the_same_network(autocast_dtype):
+    """Weight decay and momentum move the weights that had part in a step, and no others."""
+    models = [gk.convert(Branches()) for _ in range(2)]
+    options = dict(num_subnets=2, min_width=0.6, autocast_dtype=autocast_dtype)
+    steps = []
+    for model, accumulate in zip(models, (True, False), strict=True):
+        model.to(torch.double if autocast_dtype is None else torch.float)
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=0.1)
+        steps.append(gk.GradAug(model, optimizer, accumulate=accumulate, **options))
+        model.calls = 0
+    before = copy.deepcopy(models[0])
+    close = dict(rtol=1e-10, atol=1e-13) if autocast_dtype is None else dict(rtol=0.05, atol=2e-3)
+    had_gradients = []
+    for images, targets in batches(10):
+        for step in steps:
+            step(images.to(step.model.head.weight.dtype), targets)
+        (names, others) = ([n for n, p in m.named_parameters() if p.grad is not None] for m in models)
+        assert names == others
+        had_gradients.append("sometimes.0.weight" in names)
+        for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+            torch.testing.assert_close(p, q, **close, msg=name)
+    assert had_gradients == [number % 3 == 0 for number in range(10)]
+    for name, p in models[0].named_parameters():
+        assert torch.equal(p, before.get_parameter(name)) == name.startswith(("never", "frozen")), name
+
+
+def test_random_depth_with_and_without_accumulation():
+    states = []
+    for accumulate in (True, False):
+        torch.manual_seed(0)
+        model = gk.convert(CifarResNet(14, base_width=4)).double()
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=0.1)
+        step = gk.GradAug(model, optimizer, num_subnets=2, sampler=gk.RandomDepth(0.3), accumulate=accumulate)
+        for images, targets in batches(10):
+            step(images, targets)
+        states.append(model.state_dict())
+    for name, value in states[1].items():
+        torch.testing.assert_close(states[0][name], value, rtol=1e-9, atol=1e-12, msg=name)
+
+
+# ---- what a model may be and do
+
+
+def dense_model():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 5, 1)]
+    return gk.convert(nn.Sequential(*layers)).double()
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.0}, {"subnet_loss": gk.alpha_divergence}])
+def test_dense_logits(options):
+    """The loss of the sub-networks is that of all pixels as so many images."""
+    model = dense_model()
+    images = torch.randn(2, 3, 6, 4, dtype=torch.double)
+    targets = torch.randint(5, (2, 6, 4))
+    twin = copy.deepcopy(model)
+    flat = dense_model()
+    flat.register_forward_hook(lambda module, inputs, z: z.movedim(1, -1).flatten(0, 2))  # [N H W, classes]
+    flat.load_state_dict(twin.state_dict())
+    losses = []
+    for network, y in ((model, targets), (flat, targets.flatten())):
+        step = gk.GradAug(network, torch.optim.SGD(network.parameters(), 0.1), num_subnets=2, **options)
+        losses.append(step(images, y))
+    torch.testing.assert_close(losses[0].subnets, losses[1].subnets, rtol=1e-12, atol=1e-15)
+    assert losses[0].logits.shape == (2, 5, 6, 4)
+    for p, q in zip(model.parameters(), flat.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "name"), [(lambda z: {"logits": z}, "dict"), (lambda z: (z, z), "tuple"), (lambda z: [z], "list")]
+)
+def test_a_model_must_return_a_tensor(wrap, name):
+    model = gk.convert(small_resnet())
+    before = copy.deepcopy(model.state_dict())
+    step = gk.GradAug(model, sgd(model), num_subnets=1)
+    handle = model.register_forward_hook(lambda module, inputs, output: wrap(output))
+    with pytest.raises(TypeError, match=rf"model must return logits \[N, classes, ...\] as a tensor, got {name}"):
+        step(*next(batches(1)))
+    handle.remove()
+    for key, value in before.items():
+        assert torch.equal(model.state_dict()[key], value), key
+
+
+def test_optimizers_and_schedulers_that_do_not_fit():
+    model = gk.convert(nn.Linear(2, 2))
+    optimizer, other = sgd(model), sgd(nn.Linear(2, 2))
+    schedulers = torch.optim.lr_scheduler
+    with pytest.raises(TypeError, match="scheduler must step without a metric, got ReduceLROnPlateau"):
+        gk.GradAug(model, optimizer, scheduler=schedulers.ReduceLROnPlateau(optimizer))
+    with pytest.raises(ValueError, match="scheduler must be one of the optimizer given, got one of another SGD"):
+        gk.GradAug(model, optimizer, scheduler=schedulers.StepLR(other, 1))
+    with pytest.raises(TypeError, match="optimizer must step without a closure, got LBFGS"):
+        gk.GradAug(model, torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(ValueError, match="optimizer must hold parameters of the model, got 2 others"):
+        gk.GradAug(model, other)
+    with pytest.raises(TypeError, match=r"model must be in DistributedDataParallel to .* got a DataParallel"):
+        gk.GradAug(nn.DataParallel(model), optimizer)
+    parts = [schedulers.LinearLR(optimizer), schedulers.CosineAnnealingLR(optimizer, 4)]
+    for scheduler in (schedulers.SequentialLR(optimizer, parts, [2]), schedulers.ChainedScheduler(parts)):
+        gk.GradAug(model, optimizer, scheduler=scheduler)
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_on_parameters_fire_in_every_pass(register):
+    model = gk.convert(small_resnet())
+    twin = copy.deepcopy(model)
+    called = []
+    for p in model.parameters():
+        getattr(p, register)(lambda _: called.append(1))
+    images, targets = next(batches(1))
+    for network in (model, twin):
+        gk.GradAug(network, sgd(network), num_subnets=2)(images, targets)
+    assert len(called) == 3 * len(list(model.parameters()))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_criterion_may_ask_for_gradients(recompute):
+    """Of its logits with respect to the images, say: those of the weights are not added twice."""
+    images, targets = next(batches(1))
+    images.requires_grad_()
+    asked = []
+
+    def criterion(z, y):
+        loss = F.cross_entropy(z, y)
+        asked.append(torch.autograd.grad(loss, images, retain_graph=True)[0])
+        return loss
+
+    model = gk.convert(small_bottlenecks(), recompute=recompute)
+    twin = copy.deepcopy(model)
+    gk.GradAug(model, sgd(model), num_subnets=1, criterion=criterion)(images, targets)
+    gk.GradAug(twin, sgd(twin), num_subnets=1)(images, targets)
+    assert asked[0].shape == images.shape
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_inside_a_step(reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self, net, reentrant):
+            super().__init__()
+            self.net, self.reentrant = net, reentrant
+
+        def forward(self, x):
+            h = self.net[:2](x)
+            if self.reentrant is None:
+                return self.net[3:](self.net[2](h))
+            return self.net[3:](torch.utils.checkpoint.checkpoint(self.net[2], h, use_reentrant=self.reentrant))
+
+    results = []
+    for choice in (None, reentrant):
+        torch.manual_seed(0)
+        inner = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
+        layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), inner, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)]
+        model = Checkpointed(gk.convert(nn.Sequential(*layers)).double(), choice)
+        step = gk.GradAug(model, sgd(model), num_subnets=2)
+        for images, targets in batches(2):
+            step(images, targets)
+        results.append(list(model.parameters()))
+    for p, q in zip(*results, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-14)
+
+
+# ---- frozen batch norm
+
+
+@pytest.mark.parametrize("frozen_norm", ["batch", "full"])
+@pytest.mark.parametrize(
+    "sampler", [gk.RandomWidth, gk.RandomLayerWidth, lambda a: gk.RandomChannels(gk.RandomWidth(a))]
+)
+def test_frozen_norms(frozen_norm, sampler):
+    """Of the full network the frozen statistics, of sub-networks what was chosen; never updated."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)]
+    model = gk.convert(nn.Sequential(*layers)).double().requires_grad_(False)
+    model[4].weight.requires_grad_()
+    model[1].eval()
+    model[1].running_mean.uniform_(-1, 1)
+    model[1].running_var.uniform_(0.5, 2)
+    kept = copy.deepcopy(model.state_dict())
+    images, targets = next(batches(1))
+    step = gk.GradAug(
+        model, torch.optim.SGD(model.parameters(), 0.0), num_subnets=1, sampler=sampler(0.5), frozen_norm=frozen_norm
+    )
+    losses = step(images, targets)
+    for key, value in kept.items():
+        assert torch.equal(model.state_dict()[key], value), key
+    step.sampler.select(losses.draws[0].subnet)
+    chosen = torch.arange(4) if model[1]._kept is None else model[1]._kept
+    step.sampler.select(None)
+    h = F.conv2d(images, model[0].weight, model[0].bias)
+    norm = model[1]
+
+    def logits(h, mean, var, channels):
+        h = (h[:, channels] - mean[:, None, None]) / (var + norm.eps).sqrt()[:, None, None]
+        return F.linear(h.mean((2, 3)), model[4].weight[:, channels], model[4].bias)
+
+    z = logits(h, norm.running_mean, norm.running_var, slice(None))
+    torch.testing.assert_close(losses.logits, z, rtol=1e-10, atol=1e-12)
+    if frozen_norm == "batch":
+        statistics = h.mean((0, 2, 3))[chosen], h.var((0, 2, 3), correction=0)[chosen]
+    else:
+        statistics = norm.running_mean[chosen], norm.running_var[chosen]
+    expected = gk.kl_divergence(z.softmax(1), logits(h, *statistics, chosen))
+    torch.testing.assert_close(losses.subnets[0], expected, rtol=1e-9, atol=1e-12)
+    with gk.use_width(model, 0.5), pytest.raises(RuntimeError, match=r"in training norm.train\(\) takes the batch's"):
+        model(images)
+
+
+def test_a_frozen_norm_with_statistics_of_its_own_takes_those():
+    model = gk.convert(small_resnet(), widths=(0.5, 1.0))
+    images, targets = next(batches(1))
+    gk.calibrate(model, [0.5], [images])
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    losses = gk.GradAug(model, torch.optim.SGD(model.parameters(), 0.0), num_subnets=1, min_width=0.5)(images, targets)
+    model.eval()
+    with torch.no_grad():
+        teacher = model(images).softmax(1)
+        with gk.use_width(model, 0.5):
+            torch.testing.assert_close(losses.subnets[0], gk.kl_divergence(teacher, model(images)))

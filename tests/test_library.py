@@ -1,9 +1,10 @@
 """The dispatch story: who serves an operator, and what a library that does not fit says."""
 
-import os
+import itertools
 import re
-import subprocess
 import sys
+import types
+from importlib.machinery import EXTENSION_SUFFIXES
 
 import pytest
 import torch
@@ -26,18 +27,22 @@ def test_the_cuda_library_is_built_where_nvcc_is_and_can_be():
     assert config.get("cuda") or config["why_no_cuda"], "a reason is given"
 
 
-def test_a_library_built_for_another_torch_says_what_to_run(monkeypatch):
-    config = {"cpu": True, "cuda": False, "torch": "1.0.0"}
+def test_a_library_built_for_another_torch_says_what_to_run(monkeypatch, tmp_path):
+    config = {"cpu": True, "cuda": False, "torch": "1.0.0", "folder": str(tmp_path)}
+    for name in ("_autograd", "_cpu"):
+        (tmp_path / f"{name}{EXTENSION_SUFFIXES[0]}").touch()
     monkeypatch.setattr(_library, "build_config", lambda: config)
     with pytest.raises(ImportError, match=r"was built against torch 1\.0\.0, but torch .* is imported; run `pip"):
         _library.load_native()
 
 
-def test_a_library_that_is_missing_says_what_to_run(monkeypatch):
-    config = {"cpu": True, "cuda": False, "torch": torch.__version__}
+def test_a_library_that_cannot_be_loaded_says_what_to_run(monkeypatch, tmp_path):
+    for name in ("_autograd", "_cpu"):
+        (tmp_path / f"{name}{EXTENSION_SUFFIXES[0]}").write_bytes(b"interrupted")
+    config = {"cpu": True, "cuda": False, "torch": torch.__version__, "folder": str(tmp_path)}
     monkeypatch.setattr(_library, "build_config", lambda: config)
-    monkeypatch.setitem(sys.modules, "gradaug_kernels._cpu", None)  # importing it then fails
-    with pytest.raises(ImportError, match=r"gradaug_kernels\._cpu was built for torch .*; run `pip install \.`"):
+    monkeypatch.setattr(_library, "_clone_sources", lambda: None)
+    with pytest.raises(ImportError, match=r"_autograd was built for torch .* cannot be loaded .*; run `pip install"):
         _library.load_native()
 
 
@@ -51,97 +56,109 @@ def test_an_operator_has_one_owner_per_device():
         _library.use_kernel(op, lambda *args: None, "cuda", "other")
 
 
-def test_without_native_code_the_references_serve():
-    """What GRADAUG_BUILD_EXT=0 leaves: a training step on the references alone."""
-    program = """
-from pathlib import Path
-exists = Path.exists  # hide what the build wrote
-Path.exists = lambda path: path.name != "_build.json" and exists(path)
-import torch
-import gradaug_kernels as gk
-from gradaug_kernels import _library
-served = {devices["cpu"] for devices in _library.backends().values()}
-assert served - {"composite"} == {"reference"}, served
-model = gk.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(),
-                                       torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 4)))
-step = gk.GradAug(model, torch.optim.SGD(model.parameters(), 0.1), resolutions=(8, 6))
-losses = step(torch.randn(4, 3, 8, 8), torch.arange(4))
-assert all(torch.isfinite(loss) for loss in (losses.full, *losses.subnets))
-"""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=300)
-
-
 def _image(*shape):
     return torch.randn(shape).contiguous(memory_format=torch.channels_last)
 
 
+PARAMETERS = {"slim_conv2d": (0, 1, 2), "slim_linear": (0, 1, 2), "slim_batch_norm": (0, 1, 2, 5)}
+PARAMETERS["slim_norm_conv2d"] = (0, 3, 4, 8, 9)  # places of the arguments that can take a gradient
+WEIGHTS = {"slim_conv2d": 1, "slim_linear": 1, "slim_norm_conv2d": 8}
+
+
 def _formula_cases():
-    """operator, its arguments, and the names of those that take a gradient."""
+    """operator and its arguments."""
     torch.manual_seed(0)
     x, weight, bias = _image(3, 5, 7, 6), torch.randn(9, 6, 3, 3), torch.randn(9)
     geometry = ([2, 1], [1, 1], [1, 1], 1)
     rows, matrix = torch.randn(2, 3, 5), torch.randn(9, 6)
     gamma, beta, mean, var = torch.rand(8), torch.randn(8), torch.randn(5), torch.rand(5) + 0.5
-    yield "slim_conv2d", (x, weight, bias, 7, *geometry), (0, 1, 2)
-    yield "slim_conv2d", (x, weight, None, 9, *geometry), (1,)
-    yield "slim_conv2d", (x, weight, bias, 7, *geometry), (0, 2)
-    yield "slim_linear", (rows, matrix, bias, 7), (0, 1, 2)
-    yield "slim_linear", (rows, matrix, None, 9), (0,)
-    yield "slim_linear", (rows[0], matrix, bias, 9), (1, 2)
+    yield "slim_conv2d", (x, weight, bias, 7, *geometry)
+    yield "slim_conv2d", (x, weight, None, 9, *geometry)
+    yield "slim_linear", (rows, matrix, bias, 7)
+    yield "slim_linear", (rows, matrix, None, 9)
+    yield "slim_linear", (rows[0], matrix, bias, 9)
     for residual in (None, _image(3, 5, 7, 6)):
-        takes = () if residual is None else (5,)
-        yield "slim_batch_norm", (x, gamma, beta, None, None, residual, True, 1e-5), (0, 1, 2, *takes)
-        yield "slim_batch_norm", (x, gamma, None, None, None, residual, False, 1e-5), (0, *takes)
-        yield "slim_batch_norm", (x, None, beta, mean, var, residual, True, 1e-5), (2, *takes)
-        yield "slim_batch_norm", (x, None, None, mean, var, residual, False, 1e-5), (0,)
+        yield "slim_batch_norm", (x, gamma, beta, None, None, residual, True, 1e-5)
+        yield "slim_batch_norm", (x, gamma, None, None, None, residual, False, 1e-5)
+        yield "slim_batch_norm", (x, None, beta, mean, var, residual, True, 1e-5)
+        yield "slim_batch_norm", (x, None, None, mean, var, residual, False, 1e-5)
     convolution = (weight, bias, 7, *geometry, False)
-    yield "slim_norm_conv2d", (x, None, None, gamma, beta, True, True, 1e-5, *convolution), (0, 3, 4, 8, 9)
-    yield "slim_norm_conv2d", (x, mean, var, gamma, beta, True, False, 1e-5, *convolution), (0, 3, 8)
-    yield "slim_norm_conv2d", (x, mean, var, None, beta, False, True, 1e-5, weight, None, 7, *geometry, True), (4, 8)
-    yield "slim_norm_conv2d", (x, None, None, gamma, None, True, True, 1e-5, *convolution), (8, 9)
+    yield "slim_norm_conv2d", (x, None, None, gamma, beta, True, True, 1e-5, *convolution)
+    yield "slim_norm_conv2d", (x, mean, var, gamma, beta, True, False, 1e-5, *convolution)
+    yield "slim_norm_conv2d", (x, mean, var, None, beta, False, True, 1e-5, weight, None, 7, *geometry, True)
+    yield "slim_norm_conv2d", (x, None, None, gamma, None, True, True, 1e-5, *convolution)
 
 
-def _results_and_gradients(call, args, takes):
-    args = [a.detach().clone().requires_grad_(i in takes) if torch.is_tensor(a) else a for i, a in enumerate(args)]
-    results = call(*args)
-    results = list(results) if isinstance(results, tuple) else [results]
-    results[0].backward(torch.linspace(-1, 1, results[0].numel()).reshape(results[0].shape))
-    return results, {i: a.grad for i, a in enumerate(args) if torch.is_tensor(a)}
-
-
-@pytest.mark.parametrize(("name", "args", "takes"), list(_formula_cases()))
-def test_autograd_formulas_in_cpp_are_those_in_python(name, args, takes):
-    op = getattr(torch.ops.gradaug, name).default
-    in_cpp = _library._in_cpp(op)
-    if in_cpp is None:
+def _formulas(name, attribute):
+    """The formulas in Python and in C++, the latter of which a built library must have."""
+    calls = getattr(sys.modules[f"gradaug_kernels.ops.{name}"], attribute)
+    if not _library.build_config().get("cpu"):
         pytest.skip("built with GRADAUG_BUILD_EXT=0")
-    expected, found = _results_and_gradients(op, args, takes), _results_and_gradients(in_cpp, args, takes)
+    assert calls.in_cpp is not None
+    return calls.in_python, calls.in_cpp
+
+
+def _subsets(name, args):
+    places = [i for i in PARAMETERS[name] if args[i] is not None]
+    return [takes for n in range(1, len(places) + 1) for takes in itertools.combinations(places, n)]
+
+
+def _results_and_gradients(call, args, takes, wanted=None, buffer=None):
+    """Results, gradients {place: gradient or None} of the wanted among those that take one, and the buffer."""
+    args = [a.detach().clone().requires_grad_(i in takes) if torch.is_tensor(a) else a for i, a in enumerate(args)]
+    buffer = None if buffer is None else buffer.clone()
+    results = call(*args) if buffer is None else call(*args, buffer)
+    results = list(results) if isinstance(results, tuple) else [results]
+    dy = torch.linspace(-1, 1, results[0].numel()).reshape(results[0].shape)
+    wanted = takes if wanted is None else wanted
+    gradients = torch.autograd.grad(results[0], [args[i] for i in wanted], dy, allow_unused=True)
+    return results, dict(zip(wanted, gradients, strict=True)), buffer
+
+
+def _assert_same(expected, found):
     for a, b in zip(expected[0], found[0], strict=True):
         assert torch.equal(a, b)
         assert (a.stride(), a.requires_grad) == (b.stride(), b.requires_grad)
-    for i, grad in expected[1].items():
-        assert (grad is None) == (found[1][i] is None) == (i not in takes)
-        assert grad is None or (torch.equal(grad, found[1][i]) and grad.stride() == found[1][i].stride())
+    for i, gradient in expected[1].items():
+        other = found[1][i]
+        assert (gradient is None) == (other is None)
+        assert gradient is None or (torch.equal(gradient, other) and gradient.stride() == other.stride())
+    assert expected[2] is None or torch.equal(expected[2], found[2])
 
 
-def _buffer_cases():
-    """Those whose weight takes a gradient, and its place among the arguments."""
-    places = {"slim_conv2d": 1, "slim_linear": 1, "slim_norm_conv2d": 8}
-    return [(*case, places[case[0]]) for case in _formula_cases() if places.get(case[0]) in case[2]]
+@pytest.mark.parametrize(("name", "args"), list(_formula_cases()))
+def test_autograd_formulas_in_cpp_are_those_in_python(name, args):
+    in_python, in_cpp = _formulas(name, "_apply")
+    for takes in _subsets(name, args):
+        expected, found = (_results_and_gradients(call, args, takes) for call in (in_python, in_cpp))
+        _assert_same(expected, found)
+        assert all(gradient is not None for gradient in found[1].values())
 
 
-@pytest.mark.parametrize(("name", "args", "takes", "weight"), _buffer_cases())
-def test_autograd_formulas_in_cpp_add_to_a_buffer(name, args, takes, weight):
-    in_cpp = _library._in_cpp(getattr(torch.ops.gradaug, name).default)
-    if in_cpp is None:
-        pytest.skip("built with GRADAUG_BUILD_EXT=0")
-    expected = _results_and_gradients(in_cpp, args, takes)
-    buffer = torch.zeros_like(args[weight])
-    found = _results_and_gradients(lambda *args: in_cpp(*args, buffer), args, takes)
-    assert found[1][weight] is None
-    found[1][weight] = buffer
-    for a, b in zip(expected[0], found[0], strict=True):
-        assert torch.equal(a, b)
-    for i in takes:
-        assert torch.equal(expected[1][i], found[1][i])
+@pytest.mark.parametrize(("name", "args"), [case for case in _formula_cases() if case[0] in WEIGHTS])
+def test_autograd_formulas_add_to_a_buffer_alike(name, args):
+    """A buffer takes what autograd would, where the weight needs a gradient and that is asked for; else nothing."""
+    weight = WEIGHTS[name]
+    start = torch.randn(args[weight].shape)
+    for takes in _subsets(name, args):
+        for wanted in (takes, takes[:1], takes[-1:]):
+            of_autograd = _results_and_gradients(_formulas(name, "_apply")[1], args, takes, wanted)
+            expected, found = (
+                _results_and_gradients(call, args, takes, wanted, start)
+                for call in _formulas(name, "_apply_into_buffer")
+            )
+            _assert_same(expected, found)
+            gradient = of_autograd[1].pop(weight, None)
+            assert found[1].pop(weight, None) is None
+            if gradient is None:
+                assert torch.equal(found[2], start)
+            else:
+                torch.testing.assert_close(found[2], start + gradient, rtol=1e-5, atol=1e-5)
+            _assert_same((*of_autograd[:2], None), found)
+
+
+def test_a_library_without_a_formula_says_what_to_run(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradaug_kernels._autograd", types.ModuleType("gradaug_kernels._autograd"))
+    op = torch.ops.gradaug.slim_conv2d.default
+    with pytest.raises(ImportError, match=r"_autograd must have the formula of slim_conv2d, got .*; run `pip install"):
+        _library.differentiable(op, None, None, None, cpp=True)

@@ -206,7 +206,11 @@ def test_calibrate_refuses_bad_settings():
     [
         (gk.FastSlimConv2d(8, 8, 1), (1, 4, 2, 2), 1.0, "must have 8 channels at width 1, got 4"),
         (gk.FastSlimConv2d(8, 8, 1), (1, 9, 2, 2), 0.5, "x must have between 1 and 8 channels .*, got 9"),
-        (gk.FastSlimConv2d(8, 8, 1), (8, 2, 2), 1.0, r"must be \[N, C, H, W\], got shape \(8, 2, 2\)"),
+        (gk.FastSlimConv2d(8, 8, 1), (2, 2), 1.0, r"must be \[N, C, H, W\] or \[C, H, W\], got shape \(2, 2\)"),
+        (gk.FastSlimConv2d(8, 8, 1), (7, 2, 2), 1.0, "must have 8 channels at width 1, got 7"),
+        (gk.SlimBatchNorm2d(8), (8, 2, 2), 1.0, r"must be \[N, C, H, W\], got shape \(8, 2, 2\)"),
+        (gk.SlimBatchNorm2d(8, eps=0.0), (2, 8, 2, 2), 1.0, "eps must be positive, got 0.0"),
+        (gk.SlimLinear(8, 8), (), 1.0, r"input must be \[..., F\], got a number"),
         (gk.FastSlimConv2d(8, 8, 1, groups=2), (1, 6, 2, 2), 0.7, "multiple of 4 channels .*got 6; .*divisor=4"),
         (gk.SlimBatchNorm2d(8), (2, 4, 2, 2), 1.0, "must have 8 channels at width 1, got 4"),
         (gk.SlimBatchNorm2d(8), (2, 9, 2, 2), 0.5, "must have at most 8 channels at width 0.5, got 9"),

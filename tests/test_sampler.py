@@ -384,4 +384,4 @@ def test_widths_per_layer_need_a_graph():
             return self.b(self.a(x)) if x.sum() > 0 else self.b(self.a(-x))
 
     with pytest.raises(ValueError, match=r"need a model that torch.fx can trace, got Branching"):
-        gk.RandomLayerWidth().bind(gk.convert(Branching()), 2)
+        gk.RandomLayerWidth().bind(gk.convert(Branching(), keep="b"), 2)

@@ -50,6 +50,51 @@ def test_width_outside_its_range(width):
         gk.round_channels(4, width)
 
 
+NEARLY = {0.8: [0.7999999999999999, float(np.float32(0.8)), 0.8 + 4e-7], 1.0: [0.9999999999, 1.0000000001, 1.0 - 4e-7]}
+
+
+@pytest.mark.parametrize(("width", "nearly"), [(w, n) for w in NEARLY for n in NEARLY[w]])
+def test_widths_are_those_of_six_decimals(width, nearly):
+    assert gk.round_channels(10_000, nearly, 1) == 10_000 * width
+    norm = gk.SlimBatchNorm2d(10, widths=(nearly,))
+    assert norm.widths == tuple(sorted({width, 1.0}))
+    norm.add_width(width)
+    assert norm.widths == tuple(sorted({width, 1.0}))
+    x = torch.randn(4, round(10 * width), 3, 3)
+    gk.calibrate(nn.Sequential(norm), [nearly], [x])
+    suffix = "" if width == 1.0 else "_0_8"
+    assert norm.state_dict()[f"running_mean{suffix}"].abs().sum() > 0
+    with gk.use_width(norm.eval(), width):
+        expected = norm(x)
+    with gk.use_width(norm, nearly):
+        assert torch.equal(norm(x), expected)
+    norm.reset_width_stats(nearly)
+    assert norm.state_dict()[f"running_mean{suffix}"].abs().sum() == 0
+
+
+def test_a_grid_of_widths_is_the_widths_meant():
+    norm = gk.SlimBatchNorm2d(10, widths=tuple(np.arange(0.5, 1.01, 0.1)))
+    assert norm.widths == (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+def test_statistics_saved_under_an_unrounded_name_load_as_those_of_the_width():
+    norm, other = gk.SlimBatchNorm2d(10, widths=(0.8,)), gk.SlimBatchNorm2d(10)
+    with gk.use_width(norm, 0.8):
+        norm(torch.randn(4, 8, 3, 3))
+    state = {name.replace("_0_8", "_0_7999999999999999"): value for name, value in norm.state_dict().items()}
+    other.load_state_dict(state)
+    assert other.widths == (0.8, 1.0)
+    assert list(other.state_dict()) == list(norm.state_dict())
+    assert torch.equal(other.running_var_0_8, norm.running_var_0_8)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*_0_7999999999999999"):
+        other.load_state_dict(state | norm.state_dict())
+
+
+def test_statistics_of_a_width_that_has_none():
+    with pytest.raises(ValueError, match=r"width must be one of 0\.5, 1, got 0\.7"):
+        gk.SlimBatchNorm2d(10, widths=(0.5,)).reset_width_stats(0.7)
+
+
 def test_width_that_leaves_no_channel():
     conv = gk.FastSlimConv2d(3, 8, 1)
     message = r"width must leave at least 1 of 8 channels \(be at least 0.0625\), got 0.05"

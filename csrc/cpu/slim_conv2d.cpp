@@ -80,18 +80,18 @@ GroupedWeight grouped(const Tensor& weight) {
 
 // ---- PyTorch's own convolutions, on views
 
-// x as PyTorch's convolutions take it without fault. tests/test_torch_faults.py fails as soon as PyTorch 2.14.1's are
-// mended, and this can go:
-// - oneDNN's low-precision kernels on images narrower than the stride. Forward ends the process where whole columns of
-//   outputs are padding; weight gradients keep uninitialised memory (20 of 20 calls on 175 x 1 pixels). In float32 both
-//   are right, and so few pixels cost nothing.
-// - Weight gradients in groups read the image at a wrong address if the batch has one image and another batch stride
-//   than H * W * C, as images of a larger batch may have; of one image no batch stride is ever needed.
+// x as PyTorch's convolutions take it without fault. tests/test_torch_faults.py fails as soon as those of
+// PyTorch 2.14.1 are mended, and this can go:
+// - oneDNN's kernels on images narrower than the stride. Forward ends the process where columns of outputs see nothing
+//   but padding (bfloat16, and float32 with a bias); weight gradients of bfloat16 keep uninitialised memory (20 of 20
+//   calls on 175 x 1 pixels). oneDNN has no float64, and so few pixels cost nothing in it.
+// - Weight gradients in groups, without oneDNN, trust the stride of a dimension of one element, as that of the batch
+//   that one image was taken from.
 Tensor for_torch(const Tensor& x, const Geometry& g) {
-  const bool low = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
-  if (low && x.size(3) < g.stride[1]) return x.to(at::kFloat);
-  if (x.size(0) != 1 || x.stride(0) == x.numel()) return x;
-  return x.as_strided(x.sizes(), {x.numel(), x.stride(1), x.stride(2), x.stride(3)});
+  if (x.size(3) < g.stride[1]) return x.to(at::kDouble);
+  const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
+  if (x.is_contiguous(at::MemoryFormat::ChannelsLast)) return x.as_strided(x.sizes(), {h * w * c, 1, w * c, c});
+  return x.is_contiguous() ? x.as_strided(x.sizes(), {c * h * w, h * w, w, 1}) : x;
 }
 
 // A parameter in the dtype of x.

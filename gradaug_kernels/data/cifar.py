@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from .._torchvision import torchvision_module
 from .image_data import ImageData, cache_folder
 from .image_tensors import ImageTensors
 
@@ -31,8 +32,7 @@ def cifar100(root: str | Path | None = None, *, download: bool = False) -> Image
 
 
 def _cifar(name, root, download):
-    from torchvision import datasets
-
+    datasets = torchvision_module("datasets")
     dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     folder = cache_folder() if root is None else Path(root)
     if folder.name == dataset.base_folder:
@@ -44,7 +44,7 @@ def _cifar(name, root, download):
             stored = dataset(str(folder), train=train, download=download)
         except (OSError, RuntimeError) as error:
             got = f"{folder}: {error}" if download else f"{folder} without it; data.download=true fetches it"
-            raise FileNotFoundError(f"data folder must hold {dataset.base_folder}, got {got}") from None
+            raise FileNotFoundError(f"data folder must hold {dataset.base_folder}, undamaged, got {got}") from None
         images = torch.from_numpy(stored.data)  # [N, 32, 32, 3]
         splits.append(ImageTensors(images, torch.tensor(stored.targets), mean, std))
     return ImageData(

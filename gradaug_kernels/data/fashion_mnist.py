@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from .._torchvision import torchvision_module
 from ._idx import find_idx, idx_bytes, read_idx
 from .image_data import ImageData, cache_folder
 from .image_tensors import ImageTensors
@@ -63,7 +64,7 @@ def _find(root, source, download):
         folder = complete or _download(root)
         return folder, f"from {folder}"
     if source == "auto" and not _missing(PACKAGE_FOLDER):
-        return _unpack(PACKAGE_FOLDER, cache_folder() / "fashion-mnist"), "from Debian's dataset-fashion-mnist"
+        return _unpack(PACKAGE_FOLDER), "from Debian's dataset-fashion-mnist"
     if source == "auto" and download:
         return _download(cache_folder()), "downloaded by torchvision"
     return EMBEDDED_FOLDER, "embedded in the package"
@@ -73,12 +74,13 @@ def _missing(folder):
     return [name for names in FILES.values() for name in names if find_idx(folder, name) is None]
 
 
-def _unpack(package, cache):
-    """Decompress the package's files into `cache` once; where that is not writable, read the package itself.
+def _unpack(package):
+    """Decompress the package's files into the cache folder once; where that is not writable, read the package itself.
 
     Each file appears under its name only when complete, so that an interrupted or parallel run leaves nothing broken.
     """
     try:
+        cache = cache_folder() / "fashion-mnist"
         cache.mkdir(parents=True, exist_ok=True)
         for name in (name for names in FILES.values() for name in names):
             if (cache / name).is_file():
@@ -98,10 +100,9 @@ def _unpack(package, cache):
 
 
 def _download(root):
-    from torchvision.datasets import FashionMNIST
-
+    datasets = torchvision_module("datasets")
     try:
-        FashionMNIST(root, train=True, download=True)
+        datasets.FashionMNIST(root, train=True, download=True)
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(f"Fashion-MNIST must be downloadable into {root}, got: {error}") from None
     return Path(root) / "FashionMNIST" / "raw"

@@ -63,6 +63,12 @@ class ImageData:
 
 
 def cache_folder():
-    """This package's own cache folder: $XDG_CACHE_HOME/gradaug_kernels, by default under ~/.cache."""
+    """This package's own cache folder: $XDG_CACHE_HOME/gradaug_kernels, by default under ~/.cache.
+
+    Raises: FileNotFoundError where neither is known.
+    """
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "gradaug_kernels"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "gradaug_kernels"
+    except RuntimeError:
+        raise FileNotFoundError("a cache folder must be given by XDG_CACHE_HOME or HOME, got neither") from None

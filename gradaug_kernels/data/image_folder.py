@@ -1,17 +1,22 @@
 """Images in folders, one per class, as ImageNet is stored: root/train/<class>/*.jpg and root/val/<class>/*.jpg."""
 
+import contextlib
+import os
+import stat
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import v2
 
+from .._torchvision import torchvision_module
 from .image_data import ImageData
 from .image_tensors import mix_seed
 
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+DEEP = ("I", "F")  # and I;16, I;16B, ...: Pillow's modes of more than 8 bits
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, pixel values in [0, 1]
 
 
@@ -37,6 +42,85 @@ class Lighting(nn.Module):
         return image + noise[:, None, None]
 
 
+class Folder:
+    """The image files of root/<class>/, at any depth, as torchvision's ImageFolder lists them.
+
+    Names that begin with a dot, and __MACOSX, are neither classes nor images. Raises: FileNotFoundError where a class
+    has no images; ValueError for a link that leads to nothing or back to a folder that holds it, and for an image that
+    is no file, but a pipe, a socket or a device.
+    """
+
+    def __init__(self, root: Path):
+        if not root.is_dir():
+            raise FileNotFoundError(f"data folder must hold {root.name}/<class>/<image files>, got no folder {root}")
+        self.classes = sorted(entry.name for entry in _visible(root) if entry.is_dir())
+        files = [sorted(_image_files(str(root / name), ())) for name in self.classes]
+        empty = [name for name, found in zip(self.classes, files, strict=True) if not found]
+        if empty or not files:
+            got = f"none in {', '.join(empty[:3])}" if empty else "no class folder"
+            raise FileNotFoundError(f"{root} must hold one folder of images per class, got {got}")
+        self.samples = [(path, target) for target, found in enumerate(files) for _, path in found]
+        self.targets = [target for _, target in self.samples]
+
+    def __len__(self):
+        return len(self.samples)
+
+
+def _visible(folder):
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX"]
+
+
+def _image_files(folder, above):
+    """(folder, path) of the images at any depth. above: (device, inode) of the folders that hold it."""
+    status = os.stat(folder)
+    above = (*above, (status.st_dev, status.st_ino))
+    if above[-1] in above[:-1]:
+        raise ValueError(f"no link in a data folder may lead back to a folder that holds it, got {folder}")
+    for entry in _visible(folder):
+        if entry.is_dir():
+            yield from _image_files(entry.path, above)
+        elif entry.name.lower().endswith(EXTENSIONS):
+            if not entry.is_file():
+                kind = "a link to no file" if entry.is_symlink() else "a pipe, a socket or a device"
+                raise ValueError(f"every image must be a file, got {kind}, {entry.path}")
+            yield folder, entry.path
+
+
+def read_image(path: str) -> Image.Image | torch.Tensor:
+    """An image file, upright as its EXIF orientation says: in mode RGB, or float32 [3, H, W] in [0, 1] where it has
+    more than 8 bits. Transparent pixels are put on white; of an animation the first frame is taken.
+
+    16 bits are divided by 65535; floating-point values must be in [0, 1].
+    Raises: ValueError naming the file where it cannot be read.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("no file")
+        with Image.open(path) as image:
+            image.load()
+            with contextlib.suppress(Exception):  # damaged metadata does not spoil the pixels
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith(DEEP):
+                return _deep(np.asarray(image))
+            if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+                white = Image.new("RGBA", image.size, "white")
+                return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+            return image.convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever damaged bytes lead to
+        raise ValueError(f"every image file must be readable, got {path}: {error or type(error).__name__}") from None
+
+
+def _deep(values):
+    """Values [H, W] of 16 bits, or floating-point ones in [0, 1]. Returns: [3, H, W] float32 in [0, 1]."""
+    largest = 1 if values.dtype.kind == "f" else 65535
+    if not (values.min() >= 0 and values.max() <= largest):
+        raise ValueError(f"values must be from 0 to {largest}, got {values.min()} to {values.max()}")
+    return torch.from_numpy(values.astype(np.float32) / largest).expand(3, -1, -1)
+
+
 class FolderImages(Dataset):
     """Images read from files: item i is (image [3, size, size] float32, normalised; target int), not augmented.
 
@@ -59,10 +143,7 @@ class FolderImages(Dataset):
     def __getitem__(self, key):
         epoch, index = key if isinstance(key, tuple) else (None, key)
         path, target = self.folder.samples[self.indices[index]]
-        try:
-            image = self.folder.loader(path)
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"every image file must be readable, got {path}: {error}") from None
+        image = read_image(path)
         if epoch is None:
             return self.plain(image), target
         with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from the global generator
@@ -145,15 +226,22 @@ def image_folder(
     brightness, contrast and saturation by a factor in 1 +- color_jitter; PCA lighting. The published ImageNet setting.
     Test images: shorter side resized to size * 256 / 224, centre crop of `size`.
 
-    Returns: ImageData. Raises: FileNotFoundError when a folder, or a class in it, has no images.
+    Returns: ImageData. Raises: FileNotFoundError when a folder, or a class in it, has no images; ValueError for options
+    out of their range, and for links and files that `Folder` refuses.
     """
+    if size < 1 or not 0 < min_area <= 1 or color_jitter < 0 or lighting < 0:
+        raise ValueError(
+            "size must be at least 1, min_area in (0, 1], color_jitter and lighting at least 0, "
+            f"got {size}, {min_area}, {color_jitter} and {lighting}"
+        )
     if root is None:
         raise FileNotFoundError("image_folder must be given its data folder (--data FOLDER), got none")
     test = "test" if not (Path(root) / "val").is_dir() and (Path(root) / "test").is_dir() else "val"
-    train_folder, test_folder = _open(Path(root) / "train"), _open(Path(root) / test)
+    train_folder, test_folder = Folder(Path(root) / "train"), Folder(Path(root) / test)
     if test_folder.classes != train_folder.classes:
         differing = sorted(set(test_folder.classes) ^ set(train_folder.classes))
         raise ValueError(f"{root}/train and {root}/{test} must hold the same classes, got {differing[0]} in one only")
+    v2 = torchvision_module("transforms.v2")
     finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
     augmented = v2.Compose(
         [
@@ -176,18 +264,3 @@ def image_folder(
         train=FolderImages(train_folder, augmented, plain),
         test=FolderImages(test_folder, augmented, plain),
     )
-
-
-def _open(folder):
-    if not folder.is_dir():
-        raise FileNotFoundError(f"data folder must hold {folder.name}/<class>/<image files>, got no folder {folder}")
-    try:
-        return ImageFolder(folder)
-    except FileNotFoundError:
-        empty = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and not _has_images(path)]
-        found = f"none in {', '.join(empty[:3])}" if empty else "no class folder"
-        raise FileNotFoundError(f"{folder} must hold one folder of images per class, got {found}") from None
-
-
-def _has_images(folder):
-    return any(path.suffix.lower() in IMG_EXTENSIONS for path in folder.rglob("*"))

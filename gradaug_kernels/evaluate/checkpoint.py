@@ -1,6 +1,7 @@
 """`gradaug eval CHECKPOINT`: measures the network of a training run and writes tables and figures."""
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import gradaug_kernels as gk
 
 from ..data.image_tensors import mix_seed
 from ..train.build import build_network, load_images
-from ..train.config import Config, from_tables
-from ..train.folder import complete_file, read_checkpoint
+from ..train.config import Config, from_tables, to_tables
+from ..train.folder import claim_folder, complete_file, read_checkpoint, read_json, stored_config
 from ..train.run import find_device
+from ..train.state import load_weights
 from . import measure, report
 from .corruptions import CONSTANTS
 
@@ -25,7 +27,7 @@ FILES = ("evaluation.json", *(f"{part}.{kind}" for part in PARTS for kind in ("c
 def load_checkpoint(path: Path, settings: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
     """The configuration, with `settings` {"section.key": value} in place of its own, and the content."""
     checkpoint = read_checkpoint(path)
-    tables = {section: dict(table) for section, table in checkpoint["config"].items()}
+    tables = to_tables(stored_config(path, checkpoint))
     for key, value in settings.items():
         section, _, name = key.partition(".")
         tables[section][name] = value
@@ -66,11 +68,13 @@ def evaluate_checkpoint(
         raise ValueError(f"parts must be of {', '.join(PARTS)}, got {', '.join(unknown) or 'none'}")
     if constants not in ("auto", *CONSTANTS):
         raise ValueError(f"constants must be one of auto, {', '.join(CONSTANTS)}, got {constants}")
-    if images < 0 or pgd_steps < 1 or any(epsilon <= 0 for epsilon in epsilons):
+    if images < 0 or pgd_steps < 1 or not all(0 < epsilon <= 255 for epsilon in epsilons):
         raise ValueError(
-            f"images must be at least 0, PGD steps at least 1 and epsilons positive, "
+            f"images must be at least 0, PGD steps at least 1 and epsilons positive, up to 255, "
             f"got {images}, {pgd_steps} and {list(epsilons)}"
         )
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be in [0, 2^32), got {seed}")
     if (out / "evaluation.json").exists() and not overwrite:
         raise FileExistsError(f"output folder must hold no evaluation, got {out}; --overwrite replaces it")
     reference = _reference(relative_to)
@@ -86,7 +90,13 @@ def evaluate_checkpoint(
         order = torch.randperm(len(test), generator=torch.Generator().manual_seed(mix_seed(seed)))
         test = test.subset(order[:images].sort().values)
     model = build_network(config, len(dataset.classes), dataset.channels)
-    model.load_state_dict(checkpoint.get("average", checkpoint["model"]))
+    weights = "average" if "average" in checkpoint else "model"
+    try:
+        load_weights(weights, model, checkpoint[weights])
+    except ValueError as error:
+        raise ValueError(f"{path} must hold the weights of its configuration: {error}") from None
+    with gk.use_width(model, min(config.evaluate.widths)):
+        pass  # a width that leaves a layer without channels is refused before anything is measured
     model.to(target, memory_format=torch.channels_last)
     loader = test.loader(config.evaluate.batch_size, device=target, workers=workers)
 
@@ -96,52 +106,52 @@ def evaluate_checkpoint(
         )
         gk.calibrate(model, missing, training, config.evaluate.calibration_batches or None)
 
-    gk.set_width(model, 1.0)
-    clean = measure.top1(model, loader)
-    found: dict[str, Any] = {
-        "checkpoint": str(path),
-        "preset": config.preset,
-        "epoch": checkpoint["epoch"],
-        "evaluated_on": evaluated_on,
-        "images": len(test),
-        "seed": seed,
-        "top1": clean,
-    }
-    title = f"{config.preset}: {config.model.name}, {len(test):,} {evaluated_on} images"
-    out.mkdir(parents=True, exist_ok=True)
-    if "widths" in parts:
-        found["widths"] = measure.accuracy_by_width(model, config.evaluate.widths, loader, calibrate)
-        report.write_widths(out, found["widths"], title)
-    if "calibration" in parts:
-        error, bins = measure.calibration(model, loader)
-        found["calibration"] = {"error": error, "bins": [row._asdict() for row in bins]}
-        report.write_calibration(out, error, bins, title)
-    if "attacks" in parts:
-        found["attacks"] = measure.attack_accuracy(
-            model, loader, test.mean, test.std, [epsilon / 255 for epsilon in epsilons], pgd_steps, seed
-        )
-        report.write_attacks(out, found["attacks"], clean, title)
-    if "corruptions" in parts:
-        chosen = constants if constants != "auto" else "cifar" if dataset.size < 64 else "imagenet"
-        errors = measure.corruption_errors(
-            model,
-            test,
-            constants=chosen,
-            batch_size=config.evaluate.batch_size,
-            seed=seed,
-            workers=workers,
-            progress=lambda name: print(f"  {name}", flush=True),
-        )
-        found["corruptions"] = {
-            "constants": chosen,
-            "errors": errors,
-            "mean_corruption_error": measure.mean_corruption_error(errors),
-            "relative_to": relative_to or None,
-            "relative_mean_corruption_error": reference and measure.mean_corruption_error(errors, reference),
+    with claim_folder(out, FILES):
+        gk.set_width(model, 1.0)
+        clean = measure.top1(model, loader)
+        found: dict[str, Any] = {
+            "checkpoint": str(path),
+            "preset": config.preset,
+            "epoch": checkpoint["epoch"],
+            "evaluated_on": evaluated_on,
+            "images": len(test),
+            "seed": seed,
+            "top1": clean,
         }
-        report.write_corruptions(out, found["corruptions"], 100 - clean, title)
-    with complete_file(out / "evaluation.json") as temporary:
-        temporary.write_text(json.dumps(found, indent=2) + "\n")
+        title = f"{config.preset}: {config.model.name}, {len(test):,} {evaluated_on} images"
+        if "widths" in parts:
+            found["widths"] = measure.accuracy_by_width(model, config.evaluate.widths, loader, calibrate)
+            report.write_widths(out, found["widths"], title)
+        if "calibration" in parts:
+            error, bins = measure.calibration(model, loader)
+            found["calibration"] = {"error": error, "bins": [row._asdict() for row in bins]}
+            report.write_calibration(out, error, bins, title)
+        if "attacks" in parts:
+            found["attacks"] = measure.attack_accuracy(
+                model, loader, test.mean, test.std, [epsilon / 255 for epsilon in epsilons], pgd_steps, seed
+            )
+            report.write_attacks(out, found["attacks"], clean, title)
+        if "corruptions" in parts:
+            chosen = constants if constants != "auto" else "cifar" if dataset.size < 64 else "imagenet"
+            errors = measure.corruption_errors(
+                model,
+                test,
+                constants=chosen,
+                batch_size=config.evaluate.batch_size,
+                seed=seed,
+                workers=workers,
+                progress=lambda name: print(f"  {name}", flush=True),
+            )
+            found["corruptions"] = {
+                "constants": chosen,
+                "errors": errors,
+                "mean_corruption_error": measure.mean_corruption_error(errors),
+                "relative_to": relative_to or None,
+                "relative_mean_corruption_error": reference and measure.mean_corruption_error(errors, reference),
+            }
+            report.write_corruptions(out, found["corruptions"], 100 - clean, title)
+        with complete_file(out / "evaluation.json") as temporary:
+            temporary.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return found
 
 
@@ -151,10 +161,15 @@ def _reference(relative_to):
         return None
     if relative_to == "alexnet":
         return measure.ALEXNET_ERRORS
+    errors = read_json(Path(relative_to), ["corruptions"])["corruptions"]
+    errors = errors.get("errors") if isinstance(errors, dict) else None
     try:
-        errors = json.loads(Path(relative_to).read_text())["corruptions"]["errors"]
-    except (json.JSONDecodeError, KeyError):
+        means = {name: statistics.mean(errors[name]) for name in measure.COMMON}
+        usable = all(0 < mean <= 100 for mean in means.values())
+    except (KeyError, TypeError, AttributeError, statistics.StatisticsError):
+        usable = False
+    if not usable:
         raise ValueError(
-            f"--relative-to must be alexnet or an evaluation.json with corruptions, got {relative_to}"
-        ) from None
-    return {name: sum(values) / len(values) for name, values in errors.items()}
+            f"--relative-to must be alexnet or an evaluation.json with the errors of all corruptions, got {relative_to}"
+        )
+    return means

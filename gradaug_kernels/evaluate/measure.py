@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import gradaug_kernels as gk
+from gradaug_kernels.width import check_width
 
 from .attacks import OnPixels, fgsm, pgd
 from .calibration import CalibrationBin, expected_calibration_error
@@ -43,8 +44,9 @@ def accuracy_by_width(
     model: nn.Module, widths: Sequence[float], test_loader: Iterable, calibrate: Callable[[list[float]], None]
 ) -> dict[str, float]:
     """{width: top-1}. calibrate: called with the widths that have no statistics yet."""
+    widths = [check_width(width) for width in widths]
     norms = [module for module in model.modules() if isinstance(module, gk.SlimBatchNorm2d)]
-    known = set.intersection(*(set(n.widths) - n._uncalibrated for n in norms)) if norms else set(widths)
+    known = set.intersection(*({w for w in n.widths if n.is_calibrated(w)} for n in norms)) if norms else set(widths)
     missing = sorted({width for width in widths if width not in known})
     if missing:
         calibrate(missing)

@@ -12,7 +12,7 @@ BLUE, ORANGE, GREEN = "#1f5fa8", "#d9822b", "#2e8b57"
 
 def write_table(path: Path, header: list[str], rows: list[list]) -> None:
     """A CSV file, with six digits of each number: 12.7 instead of 12.700000000000003."""
-    with complete_file(path) as temporary, open(temporary, "w", newline="") as file:
+    with complete_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in rows)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from .._options import nearest
+from .._torchvision import torchvision_module
 from . import cifar_resnet, pyramidnet, wide_resnet
 from .cifar_resnet import CifarResNet
 from .pyramidnet import PyramidNet
@@ -38,8 +39,7 @@ def find(name: str) -> Callable[..., nn.Module]:
     """
     if name in MODELS:
         return MODELS[name]
-    from torchvision import models
-
+    models = torchvision_module("models")
     # Only classification networks take (num_classes) alone and return logits.
     known = {f"torchvision/{key}": key for key in models.list_models(module=models)}
     if name not in known:

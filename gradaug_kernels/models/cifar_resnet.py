@@ -43,8 +43,8 @@ class CifarResNet(nn.Module):
 
     def __init__(self, depth=20, num_classes=10, in_channels=3, base_width=16, stem_stride=1):
         super().__init__()
-        if depth < 8 or (depth - 2) % 6:
-            raise ValueError(f"depth must be 6n + 2 with n at least 1 (8, 14, 20, ...), got {depth}")
+        if not 8 <= depth <= 10_000 or (depth - 2) % 6:
+            raise ValueError(f"depth must be 6n + 2 with n at least 1 (8, 14, 20, ..., 9998), got {depth}")
         if base_width < 1:
             raise ValueError(f"base_width must be at least 1, got {base_width}")
         if stem_stride < 1:

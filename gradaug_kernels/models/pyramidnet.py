@@ -59,8 +59,8 @@ class PyramidNet(nn.Module):
     def __init__(self, depth=200, alpha=240, bottleneck=True, num_classes=100, in_channels=3):
         super().__init__()
         layers = 9 if bottleneck else 6
-        if depth < layers + 2 or (depth - 2) % layers:
-            raise ValueError(f"depth must be {layers}n + 2 with n at least 1, got {depth}")
+        if not layers + 2 <= depth <= 10_000 or (depth - 2) % layers:
+            raise ValueError(f"depth must be {layers}n + 2 with n at least 1, and at most 10000, got {depth}")
         if alpha < 1:
             raise ValueError(f"alpha must be at least 1, got {alpha}")
         blocks = (depth - 2) // layers

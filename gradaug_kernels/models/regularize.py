@@ -5,10 +5,11 @@ They are put into a plain network before `convert`. A layer that gets one behind
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet
-from torchvision.ops import DropBlock2d, StochasticDepth, drop_block2d
 
+from .._torchvision import torchvision_module
 from . import cifar_resnet, pyramidnet, wide_resnet
+
+ops, resnet = torchvision_module("ops"), torchvision_module("models.resnet")
 
 # The last layer of each residual block's branch, before the addition.
 _BRANCH_ENDS = {
@@ -23,10 +24,10 @@ _BRANCH_ENDS = {
 @torch.fx.wrap
 def _drop_block(x: Tensor, p: float, block_size: int, training: bool) -> Tensor:
     fitting = min(block_size, *x.shape[2:])
-    return drop_block2d(x, p, fitting - (fitting % 2 == 0), training=training)
+    return ops.drop_block2d(x, p, fitting - (fitting % 2 == 0), training=training)
 
 
-class DropBlock(DropBlock2d):
+class DropBlock(ops.DropBlock2d):
     """torchvision's DropBlock2d, for any size: where the activation is smaller than the block, its largest odd size."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ def regularise(
         last_stages = sorted({name.split(".")[0] for name, _ in blocks})[-2:]
         for number, (name, block) in enumerate(blocks, 1):
             if stochastic_depth > 0:
-                _append(block, StochasticDepth(stochastic_depth * number / len(blocks), "row"))
+                _append(block, ops.StochasticDepth(stochastic_depth * number / len(blocks), "row"))
             if drop_block > 0 and name.split(".")[0] in last_stages:
                 _append(block, DropBlock(drop_block, drop_block_size))
     return model

@@ -43,8 +43,8 @@ class WideResNet(nn.Module):
 
     def __init__(self, depth=28, widen_factor=10, num_classes=100, in_channels=3, dropout=0.0):
         super().__init__()
-        if depth < 10 or (depth - 4) % 6:
-            raise ValueError(f"depth must be 6n + 4 with n at least 1 (10, 16, 22, 28, ...), got {depth}")
+        if not 10 <= depth <= 10_000 or (depth - 4) % 6:
+            raise ValueError(f"depth must be 6n + 4 with n at least 1 (10, 16, 22, 28, ..., 9998), got {depth}")
         if widen_factor < 1:
             raise ValueError(f"widen_factor must be at least 1, got {widen_factor}")
         if not 0 <= dropout < 1:

@@ -88,11 +88,11 @@ def _extent(t: Tensor) -> tuple[int, int]:
 
 
 def check_gradient_buffer(weight_grad: Tensor, weight: Tensor) -> None:
-    """Raises ValueError if the buffer cannot take the gradient of weight."""
-    if weight_grad.shape != weight.shape or weight_grad.requires_grad:
+    """Raises ValueError if neither the buffer nor the parameter's .grad can take the gradient of weight."""
+    if weight_grad.shape != weight.shape or not weight_grad.is_leaf:
         raise ValueError(
-            f"weight_grad must be a buffer of shape {tuple(weight.shape)} that requires no gradient, "
-            f"got shape {tuple(weight_grad.shape)}, requires_grad={weight_grad.requires_grad}"
+            f"weight_grad must be a buffer of shape {tuple(weight.shape)} or a parameter of it, "
+            f"got shape {tuple(weight_grad.shape)}, is_leaf={weight_grad.is_leaf}"
         )
 
 

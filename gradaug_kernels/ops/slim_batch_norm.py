@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from .._library import define, differentiable, differentiable_once
+from .._library import batched, composed, define, differentiable
 from ._common import check_same_device, check_written
 
 
@@ -69,11 +69,10 @@ def check_slim_batch_norm(x, weight, bias, mean, var, residual, relu, eps, names
         raise ValueError(f"eps must be at least 0, got {eps}")
 
 
-# ---- forward: schema, reference, fake
+# ---- forward: schema, composition, reference, fake
 
 
-def slim_batch_norm_reference(x, weight, bias, mean, var, residual, relu, eps):
-    check_slim_batch_norm(x, weight, bias, mean, var, residual, relu, eps)
+def slim_batch_norm_composition(x, weight, bias, mean, var, residual, relu, eps):
     dtype = _stats_dtype(x)
     z = x.to(dtype)
     if mean is None:
@@ -81,7 +80,7 @@ def slim_batch_norm_reference(x, weight, bias, mean, var, residual, relu, eps):
         mean = z.mean((0, 2, 3)) if x.numel() else z.new_zeros(x.shape[1])
         var = z.var((0, 2, 3), correction=0) if x.numel() else z.new_zeros(x.shape[1])
     else:
-        mean, var = mean.clone(), var.clone()
+        mean, var = mean.detach().clone(), var.detach().clone()
     z = (z - _per_channel(mean)) * _per_channel(torch.rsqrt(var + eps))
     if weight is not None:
         z = z * _per_channel(weight[: x.shape[1]].to(dtype))
@@ -90,7 +89,13 @@ def slim_batch_norm_reference(x, weight, bias, mean, var, residual, relu, eps):
     if residual is not None:
         z = z + residual.to(dtype)
     y = z.relu() if relu else z
-    return y.to(x.dtype).contiguous(memory_format=suggest_memory_format(x)), mean, var
+    return y.to(x.dtype), mean.detach(), var.detach()
+
+
+def slim_batch_norm_reference(x, *arguments):
+    check_slim_batch_norm(x, *arguments)
+    y, mean, var = slim_batch_norm_composition(x, *arguments)
+    return y.contiguous(memory_format=suggest_memory_format(x)), mean, var
 
 
 def _fake(x, weight, bias, mean, var, residual, relu, eps):
@@ -125,8 +130,22 @@ def check_slim_batch_norm_backward(dy, x, y, weight, bias, mean, var, batch_stat
             )
 
 
-def slim_batch_norm_backward_reference(dy, x, y, weight, bias, mean, var, batch_stats, needs_dz, eps):
-    check_slim_batch_norm_backward(dy, x, y, weight, bias, mean, var, batch_stats, needs_dz, eps)
+def slim_batch_norm_backward_composition(dy, x, y, weight, bias, mean, var, batch_stats, needs_dz, eps):
+    if batch_stats and x.numel() > 0:  # again, from x: they are functions of it
+        z = x.to(mean.dtype)
+        mean, var = z.mean((0, 2, 3)), z.var((0, 2, 3), correction=0)
+    return _batch_norm_gradients(dy, x, y, weight, bias, mean, var, batch_stats, needs_dz, eps)
+
+
+def slim_batch_norm_backward_reference(dy, x, *arguments):
+    check_slim_batch_norm_backward(dy, x, *arguments)
+    dx, dz, *parameters = _batch_norm_gradients(dy, x, *arguments)
+    memory_format = suggest_memory_format(x)
+    dz = dz.contiguous(memory_format=memory_format) if dz.dim() == 4 else dz
+    return dx.contiguous(memory_format=memory_format), dz, *parameters
+
+
+def _batch_norm_gradients(dy, x, y, weight, bias, mean, var, batch_stats, needs_dz, eps):
     dtype, channels = mean.dtype, x.shape[1]
     dz = dy.to(dtype)
     if y is not None:
@@ -140,19 +159,16 @@ def slim_batch_norm_backward_reference(dy, x, y, weight, bias, mean, var, batch_
     if batch_stats and x.numel() > 0:
         m = x.numel() // channels
         dx = dz - _per_channel(sum_dz / m) - x_hat * _per_channel(sum_dz_x_hat / m)
-    dx = (dx * _per_channel(scale)).to(x.dtype).contiguous(memory_format=suggest_memory_format(x))
+    dx = (dx * _per_channel(scale)).to(x.dtype)
     dweight, dbias = (_full_width(s, p) for s, p in ((sum_dz_x_hat, weight), (sum_dz, bias)))
-    dz = dz.to(x.dtype).contiguous(memory_format=suggest_memory_format(x)) if needs_dz else x.new_empty(0)
-    return dx, dz, dweight, dbias
+    return dx, dz.to(x.dtype) if needs_dz else x.new_empty(0), dweight, dbias
 
 
 def _full_width(grad: Tensor, parameter: Tensor | None) -> Tensor:
     """The gradient of a full-width parameter from that of its first channels; empty for no parameter."""
     if parameter is None:
         return grad.new_empty(0)
-    full = torch.zeros_like(parameter)
-    full[: grad.shape[0]] = grad
-    return full
+    return torch.nn.functional.pad(grad, (0, parameter.shape[0] - grad.shape[0])).to(parameter.dtype)
 
 
 def _backward_fake(dy, x, y, weight, bias, mean, var, batch_stats, needs_dz, eps):
@@ -184,17 +200,17 @@ def _setup_context(ctx, inputs, output):
     ctx.has_residual = residual is not None
 
 
-def _backward(ctx, dy, _dmean, _dvar):
+def _backward(ctx, saved, needs, dy, *_):
     if dy is None:
         return (None,) * 8
-    x, y, weight, bias, mean, var = ctx.saved_tensors
-    needs_dresidual = ctx.has_residual and ctx.needs_input_grad[5]
+    x, y, weight, bias, mean, var = saved
+    needs_dresidual = ctx.has_residual and needs[5]
     dx, dz, dweight, dbias = _slim_batch_norm_backward(
         dy, x, y, weight, bias, mean, var, ctx.batch_stats, needs_dresidual and y is not None, ctx.eps
     )
     dresidual = (dy if y is None else dz) if needs_dresidual else None
     return (
-        dx if ctx.needs_input_grad[0] else None,
+        dx if needs[0] else None,
         None if weight is None else dweight,
         None if bias is None else dbias,
         None,
@@ -205,8 +221,8 @@ def _backward(ctx, dy, _dmean, _dvar):
     )
 
 
-_apply = differentiable(_slim_batch_norm, _setup_context, _backward)
-differentiable_once(_slim_batch_norm_backward)
+_apply = differentiable(_slim_batch_norm, _setup_context, _backward, slim_batch_norm_composition, cpp=True)
+composed(_slim_batch_norm_backward, slim_batch_norm_backward_composition)
 
 
 # ---- statistics of the batch that are known already: those of the convolution that wrote x
@@ -231,11 +247,13 @@ def _precomputed_setup_context(ctx, inputs, output):
     ctx.batch_stats, ctx.has_residual = True, residual is not None
 
 
-def _precomputed_backward(ctx, dy):
-    return _backward(ctx, dy, None, None)
+def _precomputed_composition(x, weight, bias, mean, var, residual, relu, eps):
+    return slim_batch_norm_composition(x, weight, bias, None, None, residual, relu, eps)[0]  # functions of x
 
 
-_apply_precomputed = differentiable(_slim_batch_norm_precomputed, _precomputed_setup_context, _precomputed_backward)
+_apply_precomputed = differentiable(
+    _slim_batch_norm_precomputed, _precomputed_setup_context, _backward, _precomputed_composition
+)
 
 
 # ---- running statistics
@@ -280,6 +298,16 @@ _slim_batch_norm_record_ = define(
     slim_batch_norm_record__reference,
     check_slim_batch_norm_record_,
 )
+
+
+@batched(_slim_batch_norm_record_)
+def _record_batched(running_mean, running_var, num_batches, mean, var, values, momentum):
+    if not torch._C._functorch.is_batchedtensor(running_mean):
+        raise RuntimeError(
+            "running statistics must be batched inside vmap to be updated, got those of one network; "
+            "torch.func.replace_all_batch_norm_modules_(model) does without them"
+        )
+    slim_batch_norm_record__reference(running_mean, running_var, num_batches, mean, var, values, momentum)
 
 
 @torch.no_grad()

@@ -20,10 +20,18 @@ without full-size temporaries.
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
+from torch.utils.flop_counter import conv_backward_flop, conv_flop_count
 
-from .._library import autocast_rule, define, differentiable, differentiable_into_buffer, differentiable_once
+from .._library import (
+    autocast_rule,
+    composed,
+    count_flops,
+    define,
+    differentiable,
+    differentiable_into_buffer,
+    not_differentiable,
+)
 from ._common import (
-    LOW_PRECISION,
     autocast_parameter,
     bias_grad,
     check_floating,
@@ -130,18 +138,25 @@ def check_slim_conv2d_weight_grad(dy, x, dweight, *geometry) -> None:
     _check_output_gradient(dy, x.shape, dweight, *geometry)
 
 
-# ---- forward: schema, reference, fake
+# ---- forward: schema, composition, reference, fake
 
 
 def _for_torch(x: Tensor, stride) -> Tensor:
     """x as PyTorch's convolutions take it without fault on the CPU; csrc/cpu/slim_conv2d.cpp says which there are."""
     if x.device.type != "cpu":
         return x
-    if x.dtype in LOW_PRECISION and x.shape[3] < stride[1]:
-        return x.float()
-    if x.shape[0] == 1 and x.stride(0) != x.numel():
-        return x.as_strided(x.shape, (x.numel(), *x.stride()[1:]))
-    return x
+    if x.shape[3] < stride[1]:
+        return x.double()
+    _, c, h, w = x.shape
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x.as_strided(x.shape, (h * w * c, 1, w * c, c))
+    return x.as_strided(x.shape, (c * h * w, h * w, w, 1)) if x.is_contiguous() else x
+
+
+def slim_conv2d_composition(x, weight, bias, out_channels, stride, padding, dilation, groups):
+    bias = None if bias is None else bias[:out_channels].to(x.dtype)
+    w = _slice(weight, out_channels, x.shape[1], groups).to(x.dtype)
+    return torch.nn.functional.conv2d(x, w, bias, stride, padding, dilation, groups)
 
 
 def slim_conv2d_reference(x, weight, bias, out_channels, stride, padding, dilation, groups):
@@ -170,13 +185,16 @@ _slim_conv2d = define(
 # ---- input gradient
 
 
-def slim_conv2d_input_grad_reference(dy, weight, input_size, stride, padding, dilation, groups):
-    check_slim_conv2d_input_grad(dy, weight, input_size, stride, padding, dilation, groups)
+def slim_conv2d_input_grad_composition(dy, weight, input_size, stride, padding, dilation, groups):
     w = _slice(weight, dy.shape[1], input_size[1], groups).to(dy.dtype)
     if dy.numel() > 0:
-        dx = torch.nn.grad.conv2d_input(input_size, w, dy, stride, padding, dilation, groups)
-    else:
-        dx = dy.new_zeros(input_size)
+        return torch.nn.grad.conv2d_input(input_size, w, dy, stride, padding, dilation, groups)
+    return dy.new_zeros(input_size)
+
+
+def slim_conv2d_input_grad_reference(dy, weight, *arguments):
+    check_slim_conv2d_input_grad(dy, weight, *arguments)
+    dx = slim_conv2d_input_grad_composition(dy, weight, *arguments)
     return dx.contiguous(memory_format=_memory_format(dy, weight))
 
 
@@ -218,6 +236,15 @@ _slim_conv2d_weight_grad_ = define(
 )
 
 
+def slim_conv2d_weight_grad_composition(dy, x, weight, stride, padding, dilation, groups):
+    size = _slice(weight, dy.shape[1], x.shape[1], groups).shape  # [out, in / groups, KH, KW]
+    if dy.numel() == 0:
+        return torch.zeros_like(weight)
+    dw = torch.nn.grad.conv2d_weight(x, size, dy, stride, padding, dilation, groups)
+    beyond = (weight.shape[1] - size[1], weight.shape[0] - size[0])
+    return torch.nn.functional.pad(dw, (0, 0, 0, 0, 0, beyond[0], 0, beyond[1])).to(weight.dtype)
+
+
 def slim_conv2d_weight_grad_reference(dy, x, weight, stride, padding, dilation, groups):
     dweight = torch.zeros_like(weight)
     _slim_conv2d_weight_grad_(dy, x, dweight, stride, padding, dilation, groups)
@@ -242,28 +269,57 @@ def _setup_context(ctx, inputs, output):
     ctx.bias_size = None if bias is None else bias.shape[0]
 
 
-def _gradients(ctx, dy, weight_grad):
+def _gradients(ctx, saved, needs, dy, weight_grad):
     """The gradients of all inputs of the operator; that of weight is added to weight_grad, if that is a buffer."""
-    x, weight = ctx.saved_tensors
+    x, weight = saved
+    needs_x, needs_weight, needs_bias = needs[:3]
     dx = dweight = dbias = None
-    if ctx.needs_input_grad[1] and weight_grad is None:
+    if needs_weight and weight_grad is None:
         dweight = _slim_conv2d_weight_grad(dy, x, weight, *ctx.geometry)
-    elif ctx.needs_input_grad[1]:
+    elif needs_weight:
         _slim_conv2d_weight_grad_(dy, x, weight_grad, *ctx.geometry)
-    if ctx.needs_input_grad[0]:  # last, so that it is still in the caches when the layer before reads it
+    if needs_x:  # last, so that it is still in the caches when the layer before reads it
         dx = _slim_conv2d_input_grad(dy, weight, x.shape, *ctx.geometry)
-    if ctx.needs_input_grad[2]:
+    if needs_bias:
         dbias = bias_grad(dy, 1, ctx.bias_size)
     return dx, dweight, dbias, None, None, None, None, None
 
 
-def _backward(ctx, dy):
-    return _gradients(ctx, dy, None)
+def _backward(ctx, saved, needs, dy):
+    return _gradients(ctx, saved, needs, dy, None)
 
 
-_apply = differentiable(_slim_conv2d, _setup_context, _backward)
-_apply_into_buffer = differentiable_into_buffer(_slim_conv2d, _setup_context, _gradients)
-differentiable_once(_slim_conv2d_input_grad, _slim_conv2d_weight_grad)
+_apply = differentiable(_slim_conv2d, _setup_context, _backward, slim_conv2d_composition, cpp=True)
+_apply_into_buffer = differentiable_into_buffer(_slim_conv2d, _setup_context, _gradients, cpp=True)
+composed(_slim_conv2d_input_grad, slim_conv2d_input_grad_composition)
+composed(_slim_conv2d_weight_grad, slim_conv2d_weight_grad_composition)
+not_differentiable(_slim_conv2d_weight_grad_)
+
+
+# ---- floating-point operations, those of PyTorch's convolution of the slice
+
+
+def forward_flops(x, weight, bias, out_channels, stride, padding, dilation, groups) -> int:
+    """Of the arguments of `slim_conv2d`, tensors as their shapes."""
+    size = [_output_size(x[2 + a], weight[2 + a], stride[a], padding[a], dilation[a]) for a in (0, 1)]
+    return conv_flop_count(x, _sliced_shape(weight, out_channels, x[1], groups), (x[0], out_channels, *size))
+
+
+def backward_flops(dy, x, weight, groups, needs_dx: bool, needs_dweight: bool) -> int:
+    """Of the gradients of x and of the slice of weight, from shapes."""
+    w = _sliced_shape(weight, dy[1], x[1], groups)
+    geometry = (None, None, None, None, False, None, groups)  # bias, stride, padding, dilation, transposed, ...
+    return conv_backward_flop(dy, x, w, *geometry, (needs_dx, needs_dweight, False), out_val=(x, w, None))
+
+
+def _sliced_shape(weight, out_channels: int, in_channels: int, groups: int) -> tuple[int, ...]:
+    return (out_channels, in_channels // groups, *weight[2:])
+
+
+count_flops(_slim_conv2d, forward_flops)
+count_flops(_slim_conv2d_input_grad, lambda dy, w, x, *geometry: backward_flops(dy, x, w, geometry[-1], True, False))
+for _op in (_slim_conv2d_weight_grad, _slim_conv2d_weight_grad_):
+    count_flops(_op, lambda dy, x, w, *geometry: backward_flops(dy, x, w, geometry[-1], False, True))
 
 
 @autocast_rule(_slim_conv2d)
@@ -300,7 +356,8 @@ def slim_conv2d(
         stride, padding, dilation: in pixels, one integer or (vertical, horizontal).
         groups: groups of the sub-network; divides C and out_channels.
         weight_grad: [O, I / G, KH, KW], any floating dtype: the backward pass adds the weight's gradient to its slice,
-            and autograd gets none. weight, which may be a low-precision copy, must still require a gradient.
+            and autograd gets none. Of a parameter, which requires a gradient, that is its .grad. weight, which may be a
+            low-precision copy, must still require a gradient.
 
     Returns:
         [N, out_channels, OH, OW], dtype and memory format of x.

@@ -13,10 +13,20 @@ convolution to many channels, such as the last of a bottleneck block, whose c is
     out_gamma, out_beta                        [F] or None, F >= out_channels; float32, or the dtype of x
 """
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from .._library import autocast_rule, define, differentiable, differentiable_into_buffer, differentiable_once
+from .._library import (
+    autocast_rule,
+    composed,
+    count_flops,
+    define,
+    differentiable,
+    differentiable_into_buffer,
+    not_differentiable,
+)
 from ._common import autocast_parameter, check_gradient_buffer, check_same_device, check_written, in_autocast
 from .slim_batch_norm import (
     _full_width,
@@ -24,6 +34,8 @@ from .slim_batch_norm import (
     _slim_batch_norm_backward,
     check_slim_batch_norm,
     check_slim_batch_norm_backward,
+    slim_batch_norm_backward_composition,
+    slim_batch_norm_composition,
 )
 from .slim_conv2d import _fake as _conv_fake
 from .slim_conv2d import (
@@ -33,60 +45,94 @@ from .slim_conv2d import (
     _slim_conv2d,
     _slim_conv2d_input_grad,
     _slim_conv2d_weight_grad_,
+    backward_flops,
     check_slim_conv2d,
     check_slim_conv2d_weight_grad,
+    forward_flops,
+    slim_conv2d_composition,
+    slim_conv2d_input_grad_composition,
+    slim_conv2d_weight_grad_composition,
 )
-from .slim_norm_conv2d import CONV, GEOMETRY, NORM, _statistics_fake, cast_norm, norm_grad_fakes
+from .slim_norm_conv2d import CONV, GEOMETRY, NORM, _statistics_fake, cast_norm, norm_grad_fakes, normalised
 
 
-def _activation(x, normalise, mean, var, gamma, beta, relu, eps) -> tuple[Tensor, Tensor, Tensor]:
-    """a, and the statistics of x that were used: empty tensors where nothing is normalised."""
-    if normalise:
-        return _slim_batch_norm(x, gamma, beta, mean, var, None, relu, eps)
-    return x, x.new_empty(0), x.new_empty(0)
+class _Inputs(NamedTuple):
+    """The operator's arguments; and their gradients, None where there is none."""
+
+    x: Any = None
+    normalise: Any = None
+    mean: Any = None
+    var: Any = None
+    gamma: Any = None
+    beta: Any = None
+    batch_stats: Any = None
+    relu: Any = None
+    eps: Any = None
+    weight: Any = None
+    bias: Any = None
+    out_channels: Any = None
+    stride: Any = None
+    padding: Any = None
+    dilation: Any = None
+    groups: Any = None
+    out_mean: Any = None
+    out_var: Any = None
+    out_gamma: Any = None
+    out_beta: Any = None
+    residual: Any = None
+    out_relu: Any = None
+    out_eps: Any = None
+
+    @property
+    def convolution(self) -> tuple:
+        """What slim_conv2d takes after x."""
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        return self.weight, self.bias, self.out_channels, *geometry
+
+    @property
+    def out_norm(self) -> tuple:
+        """What slim_batch_norm takes after x."""
+        statistics = (self.out_mean, self.out_var)
+        return self.out_gamma, self.out_beta, *statistics, self.residual, self.out_relu, self.out_eps
 
 
 # ---- forward: schema, reference, fake
 
 
-def slim_conv2d_norm_reference(
-    x, normalise, mean, var, gamma, beta, batch_stats, relu, eps, weight, bias, out_channels, *rest
-):
-    *geometry, out_mean, out_var, out_gamma, out_beta, residual, out_relu, out_eps = rest
-    a, mean, var = _activation(x, normalise, mean, var, gamma, beta, relu, eps)
-    c = _slim_conv2d(a, weight, bias, out_channels, *geometry)
-    return *_slim_batch_norm(c, out_gamma, out_beta, out_mean, out_var, residual, out_relu, out_eps), mean, var
+def slim_conv2d_norm_reference(*inputs):
+    i = _Inputs(*inputs)
+    a, mean, var = i.x, i.x.new_empty(0), i.x.new_empty(0)
+    if i.normalise:
+        a, mean, var = _slim_batch_norm(i.x, i.gamma, i.beta, i.mean, i.var, None, i.relu, i.eps)
+    return *_slim_batch_norm(_slim_conv2d(a, *i.convolution), *i.out_norm), mean, var
 
 
-def check_slim_conv2d_norm(
-    x, normalise, mean, var, gamma, beta, batch_stats, relu, eps, weight, bias, out_channels, *rest
-) -> None:
+def check_slim_conv2d_norm(*inputs) -> None:
     """The contract of the arguments, for the operator and for its fake alike.
 
     Raises:
         ValueError: for shapes that do not fit. TypeError: for dtypes that are not floating or that differ.
     """
-    *geometry, out_mean, out_var, out_gamma, out_beta, residual, out_relu, out_eps = rest
-    check_slim_conv2d(x, weight, bias, out_channels, *geometry)
-    if normalise:
-        check_slim_batch_norm(x, gamma, beta, mean, var, None, relu, eps, names=("gamma", "beta"))
-    elif not (mean is var is gamma is beta is None):
+    i = _Inputs(*inputs)
+    x, weight = i.x, i.weight
+    check_slim_conv2d(x, *i.convolution)
+    if i.normalise:
+        check_slim_batch_norm(x, i.gamma, i.beta, i.mean, i.var, None, i.relu, i.eps, names=("gamma", "beta"))
+    elif not (i.mean is i.var is i.gamma is i.beta is None):
         raise ValueError("mean, var, gamma and beta must be None where x is not normalised")
-    size = [_output_size(x.shape[2 + a], weight.shape[2 + a], *(pair[a] for pair in geometry[:3])) for a in (0, 1)]
-    c = x.new_empty(1).expand(x.shape[0], out_channels, *size)
-    check_slim_batch_norm(
-        c, out_gamma, out_beta, out_mean, out_var, residual, out_relu, out_eps, names=("out_gamma", "out_beta")
-    )
+    size = [_output_size(x.shape[2 + a], weight.shape[2 + a], i.stride[a], i.padding[a], i.dilation[a]) for a in (0, 1)]
+    c = x.new_empty(1).expand(x.shape[0], i.out_channels, *size)
+    check_slim_batch_norm(c, *i.out_norm, names=("out_gamma", "out_beta"))
 
 
-def _fake(*arguments):
-    check_slim_conv2d_norm(*arguments)
-    x, normalise, *_, weight, bias, out_channels = arguments[:12]
-    norm, out_norm = arguments[2:6], arguments[16:21]
+def _fake(*inputs):
+    check_slim_conv2d_norm(*inputs)
+    i = _Inputs(*inputs)
+    norms = (i.mean, i.var, i.gamma, i.beta, i.out_mean, i.out_var, i.out_gamma, i.out_beta, i.residual)
     names = ("mean", "var", "gamma", "beta", "out_mean", "out_var", "out_gamma", "out_beta", "residual")
-    check_same_device(x, **dict(zip(names, (*norm, *out_norm), strict=True)))
-    c = _conv_fake(x, weight, bias, out_channels, *arguments[12:16])
-    mean, var = _statistics_fake(x) if normalise else (x.new_empty(0), x.new_empty(0))
+    check_same_device(i.x, **dict(zip(names, norms, strict=True)))
+    c = _conv_fake(i.x, *i.convolution)
+    mean, var = _statistics_fake(i.x) if i.normalise else (i.x.new_empty(0), i.x.new_empty(0))
     return c, *_statistics_fake(c), mean, var
 
 
@@ -103,53 +149,105 @@ _slim_conv2d_norm = define(
 # ---- backward: one operator, as in slim_norm_conv2d.py. What is not needed is an empty tensor.
 
 
-def slim_conv2d_norm_backward__reference(
-    dy, x, y, normalise, mean, var, gamma, beta, batch_stats, relu, eps, weight, bias, dweight, *rest
-):
-    *geometry, out_mean, out_var, out_gamma, out_beta, out_batch_stats, out_eps, needs_dx, needs_dweight, needs_dz = (
-        rest
-    )
-    if needs_dweight:
-        check_written("dweight", dweight, dy=dy, x=x)  # which is read after dweight is written
-    statistics = (mean, var) if normalise else (None, None)
-    a = _activation(x, normalise, *statistics, gamma, beta, relu, eps)[0]
-    c = _slim_conv2d(a, weight, bias, dy.shape[1], *geometry)
-    dc, dz, dout_gamma, dout_beta = _slim_batch_norm_backward(
-        dy, c, y, out_gamma, out_beta, out_mean, out_var, out_batch_stats, needs_dz, out_eps
-    )
+class _BackwardInputs(NamedTuple):
+    """The arguments of `slim_conv2d_norm_backward`; `slim_conv2d_norm_backward_` takes dweight after bias too."""
+
+    dy: Tensor
+    x: Tensor
+    y: Tensor | None
+    normalise: bool
+    mean: Tensor
+    var: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    batch_stats: bool
+    relu: bool
+    eps: float
+    weight: Tensor
+    bias: Tensor | None
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+    out_mean: Tensor
+    out_var: Tensor
+    out_gamma: Tensor | None
+    out_beta: Tensor | None
+    out_batch_stats: bool
+    out_eps: float
+    needs_dx: bool
+    needs_dweight: bool
+    needs_dz: bool
+
+    @classmethod
+    def split(cls, arguments: tuple) -> tuple["_BackwardInputs", Tensor]:
+        """Those of `slim_conv2d_norm_backward_` without dweight, and dweight."""
+        return cls(*arguments[:_DWEIGHT], *arguments[_DWEIGHT + 1 :]), arguments[_DWEIGHT]
+
+    def with_buffer(self, dweight: Tensor) -> tuple:
+        return *self[:_DWEIGHT], dweight, *self[_DWEIGHT:]
+
+    @property
+    def geometry(self) -> tuple:
+        return self.stride, self.padding, self.dilation, self.groups
+
+    @property
+    def norm(self) -> tuple:
+        return self.mean, self.var, self.gamma, self.beta, self.batch_stats, self.relu, self.eps
+
+    def out_norm_backward(self, c: Tensor) -> tuple:
+        """The arguments of slim_batch_norm_backward for the norm of c."""
+        parameters = (self.out_gamma, self.out_beta, self.out_mean, self.out_var)
+        return self.dy, c, self.y, *parameters, self.out_batch_stats, self.needs_dz, self.out_eps
+
+    def norm_backward(self, da: Tensor, a: Tensor) -> tuple:
+        """The arguments of slim_batch_norm_backward for the norm of x."""
+        parameters = (self.gamma, self.beta, self.mean, self.var)
+        return da, self.x, a if self.relu else None, *parameters, self.batch_stats, False, self.eps
+
+
+_DWEIGHT = _BackwardInputs._fields.index("bias") + 1
+
+
+def slim_conv2d_norm_backward__reference(*arguments):
+    i, dweight = _BackwardInputs.split(arguments)
+    if i.needs_dweight:
+        check_written("dweight", dweight, dy=i.dy, x=i.x)  # which is read after dweight is written
+    a = i.x
+    if i.normalise:
+        a, *_ = _slim_batch_norm(i.x, i.gamma, i.beta, i.mean, i.var, None, i.relu, i.eps)
+    c = _slim_conv2d(a, i.weight, i.bias, i.dy.shape[1], *i.geometry)
+    dc, dz, dout_gamma, dout_beta = _slim_batch_norm_backward(*i.out_norm_backward(c))
     del c
-    dbias = out_mean.new_empty(0) if bias is None else _full_width(dc.sum((0, 2, 3)), bias)
-    if needs_dweight:
-        _slim_conv2d_weight_grad_(dc, a, dweight, *geometry)
-    dx, dgamma, dbeta = x.new_empty(0), mean.new_empty(0), mean.new_empty(0)
-    if needs_dx:
-        dx = _slim_conv2d_input_grad(dc, weight, x.shape, *geometry)
+    dbias = i.out_mean.new_empty(0) if i.bias is None else _full_width(dc.sum((0, 2, 3)), i.bias)
+    if i.needs_dweight:
+        _slim_conv2d_weight_grad_(dc, a, dweight, *i.geometry)
+    dx, dgamma, dbeta = i.x.new_empty(0), i.mean.new_empty(0), i.mean.new_empty(0)
+    if i.needs_dx:
+        dx = _slim_conv2d_input_grad(dc, i.weight, i.x.shape, *i.geometry)
         del dc
-        if normalise:
-            mask = a if relu else None
-            dx, _, dgamma, dbeta = _slim_batch_norm_backward(
-                dx, x, mask, gamma, beta, mean, var, batch_stats, False, eps
-            )
+        if i.normalise:
+            dx, _, dgamma, dbeta = _slim_batch_norm_backward(*i.norm_backward(dx, a))
     return dx, dgamma, dbeta, dbias, dout_gamma, dout_beta, dz
 
 
-def _backward__fake(dy, x, y, normalise, mean, var, gamma, beta, batch_stats, relu, eps, weight, bias, dweight, *rest):
-    out_mean, out_var, out_gamma, out_beta, out_batch_stats, out_eps, needs_dx, _, needs_dz = rest[4:]
-    check_slim_conv2d(x, weight, bias, dy.shape[1], *rest[:4])
-    check_slim_conv2d_weight_grad(dy, x, weight, *rest[:4])
-    if normalise:
-        check_slim_batch_norm(x, gamma, beta, mean, var, None, relu, eps, names=("gamma", "beta"))
-    out_norm = (out_gamma, out_beta, out_mean, out_var)
-    check_slim_batch_norm_backward(dy, dy, y, *out_norm, out_batch_stats, needs_dz, out_eps)
-    check_same_device(x, mean=mean, var=var, gamma=gamma, beta=beta, dweight=dweight)
-    if normalise or not needs_dx:
-        dx, dgamma, dbeta = norm_grad_fakes(x, mean, gamma, beta, needs_dx)
+def _gradient_fakes(i: _BackwardInputs, dweight: Tensor | None) -> tuple[Tensor, ...]:
+    check_slim_conv2d(i.x, i.weight, i.bias, i.dy.shape[1], *i.geometry)
+    check_slim_conv2d_weight_grad(i.dy, i.x, i.weight, *i.geometry)
+    if i.normalise:
+        check_slim_batch_norm(i.x, i.gamma, i.beta, i.mean, i.var, None, i.relu, i.eps, names=("gamma", "beta"))
+    check_slim_batch_norm_backward(*i.out_norm_backward(i.dy))
+    check_same_device(i.x, mean=i.mean, var=i.var, gamma=i.gamma, beta=i.beta, dweight=dweight)
+    if i.normalise or not i.needs_dx:
+        dx, dgamma, dbeta = norm_grad_fakes(i.x, i.mean, i.gamma, i.beta, i.needs_dx)
     else:
-        dx, dgamma, dbeta = x.new_empty(x.shape), mean.new_empty(0), mean.new_empty(0)
-        dx = dx.contiguous(memory_format=_memory_format(x, weight))
-    dbias = out_mean.new_empty(0) if bias is None else torch.empty_like(bias)
-    douts = (out_mean.new_empty(0) if p is None else torch.empty_like(p) for p in (out_gamma, out_beta))
-    dz = dy.new_empty(dy.shape).contiguous(memory_format=_memory_format(x, weight)) if needs_dz else dy.new_empty(0)
+        dx, dgamma, dbeta = i.x.new_empty(i.x.shape), i.mean.new_empty(0), i.mean.new_empty(0)
+        dx = dx.contiguous(memory_format=_memory_format(i.x, i.weight))
+    dbias = i.out_mean.new_empty(0) if i.bias is None else torch.empty_like(i.bias)
+    douts = (i.out_mean.new_empty(0) if p is None else torch.empty_like(p) for p in (i.out_gamma, i.out_beta))
+    dz = i.dy.new_empty(0)
+    if i.needs_dz:
+        dz = i.dy.new_empty(i.dy.shape).contiguous(memory_format=_memory_format(i.x, i.weight))
     return dx, dgamma, dbeta, dbias, *douts, dz
 
 
@@ -166,22 +264,20 @@ _GRADIENTS = "Tensor dx, Tensor dgamma, Tensor dbeta, Tensor dbias, Tensor dout_
 _slim_conv2d_norm_backward_ = define(
     f"slim_conv2d_norm_backward_({_BACKWARD}, Tensor(a!) dweight, {_BACKWARD_REST}) -> ({_GRADIENTS})",
     slim_conv2d_norm_backward__reference,
-    _backward__fake,
+    lambda *arguments: _gradient_fakes(*_BackwardInputs.split(arguments)),
     composite=True,
 )
 
 
 def slim_conv2d_norm_backward_reference(*arguments):
-    *before, weight, bias = arguments[:13]
-    rest = arguments[13:]
-    dweight = torch.zeros_like(weight) if rest[-2] else weight.new_empty(0)
-    return *_slim_conv2d_norm_backward_(*before, weight, bias, dweight, *rest), dweight
+    i = _BackwardInputs(*arguments)
+    dweight = torch.zeros_like(i.weight) if i.needs_dweight else i.weight.new_empty(0)
+    return *_slim_conv2d_norm_backward_(*i.with_buffer(dweight)), dweight
 
 
 def _backward_fake(*arguments):
-    weight, rest = arguments[11], arguments[13:]
-    dweight = torch.empty_like(weight) if rest[-2] else weight.new_empty(0)
-    return *_backward__fake(*arguments[:13], dweight, *rest), dweight
+    i = _BackwardInputs(*arguments)
+    return *_gradient_fakes(i, None), torch.empty_like(i.weight) if i.needs_dweight else i.weight.new_empty(0)
 
 
 _slim_conv2d_norm_backward = define(
@@ -196,52 +292,108 @@ _slim_conv2d_norm_backward = define(
 
 
 def _setup_context(ctx, inputs, output):
-    x, ctx.normalise, given_mean, _, gamma, beta, batch_stats, ctx.relu, ctx.eps, weight, bias, _, *rest = inputs
-    *ctx.geometry, given_out_mean, _, out_gamma, out_beta, residual, out_relu, ctx.out_eps = rest
+    i = _Inputs(*inputs)
     y, *statistics = output
     ctx.mark_non_differentiable(*statistics)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, y if out_relu else None, gamma, beta, weight, bias, out_gamma, out_beta, *statistics)
-    ctx.batch_stats, ctx.out_batch_stats = batch_stats or given_mean is None, given_out_mean is None
-    ctx.has_residual = residual is not None
+    parameters = (i.gamma, i.beta, i.weight, i.bias, i.out_gamma, i.out_beta)
+    ctx.save_for_backward(i.x, y if i.out_relu else None, *parameters, *statistics)
+    ctx.normalise, ctx.relu, ctx.eps, ctx.out_eps = i.normalise, i.relu, i.eps, i.out_eps
+    ctx.geometry = (i.stride, i.padding, i.dilation, i.groups)
+    ctx.batch_stats, ctx.out_batch_stats = i.batch_stats or i.mean is None, i.out_mean is None
+    ctx.has_residual = i.residual is not None
 
 
-def _gradients(ctx, dy, weight_grad):
+def _gradients(ctx, saved, needs, dy, weight_grad):
     """The gradients of all inputs of the operator; that of weight is added to weight_grad, if that is a buffer."""
     if dy is None:
-        return (None,) * 23
-    x, y, gamma, beta, weight, bias, out_gamma, out_beta, out_mean, out_var, mean, var = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    needs_dx, needs_dresidual = needs[0] or needs[4] or needs[5], ctx.has_residual and needs[20]
-    before = (dy, x, y, ctx.normalise, mean, var, gamma, beta, ctx.batch_stats, ctx.relu, ctx.eps, weight, bias)
-    after = (*ctx.geometry, out_mean, out_var, out_gamma, out_beta, ctx.out_batch_stats, ctx.out_eps, needs_dx)
-    needs_dz = needs_dresidual and y is not None
+        return _Inputs()
+    x, y, gamma, beta, weight, bias, out_gamma, out_beta, out_mean, out_var, mean, var = saved
+    needs = _Inputs(*needs[: len(_Inputs._fields)])
+    needs_dresidual = ctx.has_residual and needs.residual
+    arguments = _BackwardInputs(
+        *(dy, x, y, ctx.normalise, mean, var, gamma, beta, ctx.batch_stats, ctx.relu, ctx.eps),
+        *(weight, bias, *ctx.geometry),
+        *(out_mean, out_var, out_gamma, out_beta, ctx.out_batch_stats, ctx.out_eps),
+        needs_dx=needs.x or needs.gamma or needs.beta,
+        needs_dweight=needs.weight,
+        needs_dz=needs_dresidual and y is not None,
+    )
     if weight_grad is None:
-        *gradients, dweight = _slim_conv2d_norm_backward(*before, *after, needs[9], needs_dz)
+        *gradients, dweight = _slim_conv2d_norm_backward(*arguments)
     else:
-        gradients, dweight = _slim_conv2d_norm_backward_(*before, weight_grad, *after, True, needs_dz), None
+        gradients, dweight = _slim_conv2d_norm_backward_(*arguments.with_buffer(weight_grad)), None
     dx, dgamma, dbeta, dbias, dout_gamma, dout_beta, dz = gradients
-    dresidual = (dy if y is None else dz) if needs_dresidual else None
-    found = {0: dx, 4: dgamma, 5: dbeta, 9: dweight, 10: dbias, 18: dout_gamma, 19: dout_beta, 20: dresidual}
-    return tuple(found.get(i) if needs[i] else None for i in range(23))
+    return _Inputs(
+        x=dx if needs.x else None,
+        gamma=dgamma if needs.gamma else None,
+        beta=dbeta if needs.beta else None,
+        weight=dweight if needs.weight else None,
+        bias=dbias if needs.bias else None,
+        out_gamma=dout_gamma if needs.out_gamma else None,
+        out_beta=dout_beta if needs.out_beta else None,
+        residual=(dy if y is None else dz) if needs_dresidual else None,
+    )
 
 
-def _backward(ctx, dy, *_):
-    return _gradients(ctx, dy, None)
+def _backward(ctx, saved, needs, dy, *_):
+    return _gradients(ctx, saved, needs, dy, None)
 
 
-_apply = differentiable(_slim_conv2d_norm, _setup_context, _backward)
+def slim_conv2d_norm_composition(*inputs):
+    i = _Inputs(*inputs)
+    a, mean, var = i.x, i.x.new_empty(0), i.x.new_empty(0)
+    if i.normalise:
+        a, mean, var = normalised(i.x, i.mean, i.var, i.gamma, i.beta, i.batch_stats, i.relu, i.eps)
+    return *slim_batch_norm_composition(slim_conv2d_composition(a, *i.convolution), *i.out_norm), mean, var
+
+
+def slim_conv2d_norm_backward_composition(*arguments):
+    i = _BackwardInputs(*arguments)
+    a = normalised(i.x, *i.norm)[0] if i.normalise else i.x
+    c = slim_conv2d_composition(a, i.weight, i.bias, i.dy.shape[1], *i.geometry)
+    dc, dz, dout_gamma, dout_beta = slim_batch_norm_backward_composition(*i.out_norm_backward(c))
+    dbias = i.out_mean.new_empty(0) if i.bias is None else _full_width(dc.sum((0, 2, 3)), i.bias)
+    dx, dgamma, dbeta, dweight = i.x.new_empty(0), i.mean.new_empty(0), i.mean.new_empty(0), i.weight.new_empty(0)
+    if i.needs_dweight:
+        dweight = slim_conv2d_weight_grad_composition(dc, a, i.weight, *i.geometry)
+    if i.needs_dx:
+        dx = slim_conv2d_input_grad_composition(dc, i.weight, i.x.shape, *i.geometry)
+        if i.normalise:
+            dx, _, dgamma, dbeta = slim_batch_norm_backward_composition(*i.norm_backward(dx, a))
+    return dx, dgamma, dbeta, dbias, dout_gamma, dout_beta, dz, dweight
+
+
+_apply = differentiable(_slim_conv2d_norm, _setup_context, _backward, slim_conv2d_norm_composition)
 _apply_into_buffer = differentiable_into_buffer(_slim_conv2d_norm, _setup_context, _gradients)
-differentiable_once(_slim_conv2d_norm_backward)
+composed(_slim_conv2d_norm_backward, slim_conv2d_norm_backward_composition)
+not_differentiable(_slim_conv2d_norm_backward_)
+
+
+# ---- floating-point operations: those of the convolution, which the backward pass computes again
+
+
+def _backward_flops(i: _BackwardInputs) -> int:
+    again = forward_flops(i.x, i.weight, i.bias, i.dy[1], *i.geometry)
+    return again + backward_flops(i.dy, i.x, i.weight, i.groups, i.needs_dx, i.needs_dweight)
+
+
+count_flops(_slim_conv2d_norm, lambda *inputs: forward_flops(inputs[0], *_Inputs(*inputs).convolution))
+count_flops(_slim_conv2d_norm_backward, lambda *arguments: _backward_flops(_BackwardInputs(*arguments)))
+count_flops(_slim_conv2d_norm_backward_, lambda *arguments: _backward_flops(_BackwardInputs.split(arguments)[0]))
 
 
 @autocast_rule(_slim_conv2d_norm)
-def _autocast(dtype, x, normalise, mean, var, gamma, beta, batch_stats, relu, eps, weight, bias, *rest):
-    *conv, out_mean, out_var, out_gamma, out_beta, residual, out_relu, out_eps = rest
-    return (
-        *(x.to(dtype), normalise, *cast_norm(dtype, mean, var, gamma, beta), batch_stats, relu, eps),
-        *(autocast_parameter(dtype, weight), autocast_parameter(dtype, bias), *conv),
-        *(*cast_norm(dtype, out_mean, out_var, out_gamma, out_beta), residual, out_relu, out_eps),
+def _autocast(dtype, *inputs):
+    i = _Inputs(*inputs)
+    mean, var, gamma, beta = cast_norm(dtype, i.mean, i.var, i.gamma, i.beta)
+    out_mean, out_var, out_gamma, out_beta = cast_norm(dtype, i.out_mean, i.out_var, i.out_gamma, i.out_beta)
+    return i._replace(
+        x=i.x.to(dtype),
+        **{"mean": mean, "var": var, "gamma": gamma, "beta": beta},
+        weight=autocast_parameter(dtype, i.weight),
+        bias=autocast_parameter(dtype, i.bias),
+        **{"out_mean": out_mean, "out_var": out_var, "out_gamma": out_gamma, "out_beta": out_beta},
     )
 
 

@@ -13,10 +13,20 @@ sums are at least float32. The gradient of weight has the full shape and is zero
 `slim_linear_weight_grad_` adds that slice to a buffer instead.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-from .._library import autocast_rule, define, differentiable, differentiable_into_buffer, differentiable_once
+from .._library import (
+    autocast_rule,
+    composed,
+    count_flops,
+    define,
+    differentiable,
+    differentiable_into_buffer,
+    not_differentiable,
+)
 from ._common import (
     autocast_parameter,
     bias_grad,
@@ -141,6 +151,12 @@ def _weight_grad_fake(dy, x, weight):
     return torch.empty_like(weight)
 
 
+def slim_linear_weight_grad_composition(dy, x, weight):
+    dw = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])  # [out, F]
+    beyond = (weight.shape[1] - dw.shape[1], weight.shape[0] - dw.shape[0])
+    return torch.nn.functional.pad(dw, (0, beyond[0], 0, beyond[1])).to(weight.dtype)
+
+
 def slim_linear_weight_grad_reference(dy, x, weight):
     check_slim_linear_weight_grad(dy, x, weight)
     if (dy.shape[-1], x.shape[-1]) == weight.shape and dy.dtype == weight.dtype and weight.is_contiguous():
@@ -167,28 +183,39 @@ def _setup_context(ctx, inputs, output):
     ctx.bias_size = None if bias is None else bias.shape[0]
 
 
-def _gradients(ctx, dy, weight_grad):
+def _gradients(ctx, saved, needs, dy, weight_grad):
     """The gradients of all inputs of the operator; that of weight is added to weight_grad, if that is a buffer."""
-    x, weight = ctx.saved_tensors
+    x, weight = saved
+    needs_x, needs_weight, needs_bias = needs[:3]
     dx = dweight = dbias = None
-    if ctx.needs_input_grad[0]:
+    if needs_x:
         dx = _slim_linear_input_grad(dy, weight, x.shape[-1])
-    if ctx.needs_input_grad[1] and weight_grad is None:
+    if needs_weight and weight_grad is None:
         dweight = _slim_linear_weight_grad(dy, x, weight)
-    elif ctx.needs_input_grad[1]:
+    elif needs_weight:
         _slim_linear_weight_grad_(dy, x, weight_grad)
-    if ctx.needs_input_grad[2]:
+    if needs_bias:
         dbias = bias_grad(dy, -1, ctx.bias_size)
     return dx, dweight, dbias, None
 
 
-def _backward(ctx, dy):
-    return _gradients(ctx, dy, None)
+def _backward(ctx, saved, needs, dy):
+    return _gradients(ctx, saved, needs, dy, None)
 
 
-_apply = differentiable(_slim_linear, _setup_context, _backward)
-_apply_into_buffer = differentiable_into_buffer(_slim_linear, _setup_context, _gradients)
-differentiable_once(_slim_linear_input_grad, _slim_linear_weight_grad)
+_apply = differentiable(_slim_linear, _setup_context, _backward, slim_linear_reference, cpp=True)
+_apply_into_buffer = differentiable_into_buffer(_slim_linear, _setup_context, _gradients, cpp=True)
+composed(_slim_linear_input_grad, slim_linear_input_grad_reference)
+composed(_slim_linear_weight_grad, slim_linear_weight_grad_composition)
+not_differentiable(_slim_linear_weight_grad_)
+
+
+# ---- floating-point operations: each direction is a product of [N, F] and [F, out] or of their transposes
+
+count_flops(_slim_linear, lambda x, weight, bias, out_features: 2 * math.prod(x) * out_features)
+count_flops(_slim_linear_input_grad, lambda dy, weight, in_features: 2 * math.prod(dy) * in_features)
+for _op in (_slim_linear_weight_grad, _slim_linear_weight_grad_):
+    count_flops(_op, lambda dy, x, weight: 2 * math.prod(x) * dy[-1])
 
 
 @autocast_rule(_slim_linear)
@@ -216,7 +243,8 @@ def slim_linear(
         bias: [O] or None, dtype of x, or float32 on the CPU.
         out_features: output features of the sub-network, at most O; None is O.
         weight_grad: [O, I], any floating dtype: the backward pass adds the weight's gradient to its slice, and
-            autograd gets none. weight, which may be a low-precision copy, must still require a gradient.
+            autograd gets none. Of a parameter, which requires a gradient, that is its .grad. weight, which may be a
+            low-precision copy, must still require a gradient.
 
     Returns:
         [..., out_features], dtype of x.

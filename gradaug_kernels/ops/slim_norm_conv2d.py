@@ -19,12 +19,20 @@ Where mean and var are the batch's, dx includes what flows through them (`batch_
 formula), whoever computed them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._library import autocast_rule, define, differentiable, differentiable_into_buffer, differentiable_once
+from .._library import (
+    autocast_rule,
+    composed,
+    count_flops,
+    define,
+    differentiable,
+    differentiable_into_buffer,
+    not_differentiable,
+)
 from ._common import autocast_parameter, bias_grad, check_gradient_buffer, check_same_device, check_written, in_autocast
 from .slim_batch_norm import (
     _slim_batch_norm,
@@ -32,6 +40,8 @@ from .slim_batch_norm import (
     _stats_dtype,
     check_slim_batch_norm,
     check_slim_batch_norm_backward,
+    slim_batch_norm_backward_composition,
+    slim_batch_norm_composition,
 )
 from .slim_conv2d import _autocast as _conv_autocast
 from .slim_conv2d import _fake as _conv_fake
@@ -42,8 +52,13 @@ from .slim_conv2d import (
     _slim_conv2d,
     _slim_conv2d_input_grad,
     _slim_conv2d_weight_grad_,
+    backward_flops,
     check_slim_conv2d,
     check_slim_conv2d_weight_grad,
+    forward_flops,
+    slim_conv2d_composition,
+    slim_conv2d_input_grad_composition,
+    slim_conv2d_weight_grad_composition,
 )
 from .slim_conv2d import _setup_context as _conv_setup_context
 
@@ -81,7 +96,13 @@ _slim_channel_statistics = define(
     _statistics_fake,
     composite=True,
 )
-differentiable_once(_slim_channel_statistics)
+
+
+def _statistics_composition(x):
+    return slim_batch_norm_composition(x, None, None, None, None, None, False, 0.0)[1:]
+
+
+composed(_slim_channel_statistics, _statistics_composition)
 
 
 def _statistics(y: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
@@ -118,19 +139,27 @@ def _conv2d_statistics_setup(ctx, inputs, output):
     _conv_setup_context(ctx, inputs, output[0])
 
 
-def _conv2d_statistics_gradients(ctx, dy, weight_grad):
-    return (None,) * 8 if dy is None else _conv_gradients(ctx, dy, weight_grad)
+def _conv2d_statistics_gradients(ctx, saved, needs, dy, weight_grad):
+    return (None,) * 8 if dy is None else _conv_gradients(ctx, saved, needs, dy, weight_grad)
 
 
-def _conv2d_statistics_backward(ctx, dy, *_):
-    return _conv2d_statistics_gradients(ctx, dy, None)
+def _conv2d_statistics_backward(ctx, saved, needs, dy, *_):
+    return _conv2d_statistics_gradients(ctx, saved, needs, dy, None)
 
 
-_apply_statistics = differentiable(_slim_conv2d_statistics, _conv2d_statistics_setup, _conv2d_statistics_backward)
+def _conv2d_statistics_composition(*arguments):
+    y = slim_conv2d_composition(*arguments)
+    return y, *_statistics_composition(y)
+
+
+_apply_statistics = differentiable(
+    _slim_conv2d_statistics, _conv2d_statistics_setup, _conv2d_statistics_backward, _conv2d_statistics_composition
+)
 _apply_statistics_into_buffer = differentiable_into_buffer(
     _slim_conv2d_statistics, _conv2d_statistics_setup, _conv2d_statistics_gradients
 )
 autocast_rule(_slim_conv2d_statistics)(_conv_autocast)
+count_flops(_slim_conv2d_statistics, forward_flops)
 
 
 # ---- norm and convolution: schema, reference, fake
@@ -197,7 +226,8 @@ def _backward__fake(dy, x, mean, var, gamma, beta, batch_stats, relu, eps, weigh
     check_slim_conv2d_weight_grad(dy, x, weight, *rest[:4])
     check_slim_batch_norm_backward(x, x, None, gamma, beta, mean, var, batch_stats, False, eps)
     check_same_device(x, dweight=dweight)
-    return norm_grad_fakes(x, mean, gamma, beta, rest[-2])
+    *_, needs_dx, _ = rest
+    return norm_grad_fakes(x, mean, gamma, beta, needs_dx)
 
 
 _BACKWARD_NORM = "Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, bool batch_stats, bool relu, float eps"
@@ -212,7 +242,8 @@ _slim_norm_conv2d_backward_ = define(
 
 
 def slim_norm_conv2d_backward_reference(dy, x, mean, var, gamma, beta, batch_stats, relu, eps, weight, *rest):
-    dweight = torch.zeros_like(weight) if rest[-1] else weight.new_empty(0)
+    *_, needs_dweight = rest
+    dweight = torch.zeros_like(weight) if needs_dweight else weight.new_empty(0)
     norm = (mean, var, gamma, beta, batch_stats, relu, eps)
     return *_slim_norm_conv2d_backward_(dy, x, *norm, weight, dweight, *rest), dweight
 
@@ -235,52 +266,116 @@ _slim_norm_conv2d_backward = define(
 # ---- autograd
 
 
+class _Inputs(NamedTuple):
+    """The operator's arguments; and their gradients, None where there is none."""
+
+    x: Any = None
+    mean: Any = None
+    var: Any = None
+    gamma: Any = None
+    beta: Any = None
+    batch_stats: Any = None
+    relu: Any = None
+    eps: Any = None
+    weight: Any = None
+    bias: Any = None
+    out_channels: Any = None
+    stride: Any = None
+    padding: Any = None
+    dilation: Any = None
+    groups: Any = None
+    statistics: Any = None
+
+
 def _setup_context(ctx, inputs, output):
-    x, given_mean, _, gamma, beta, batch_stats, ctx.relu, ctx.eps, weight, bias, _, *ctx.geometry, _ = inputs
+    given = _Inputs(*inputs)
     _, mean, var, *y_statistics = output
     ctx.mark_non_differentiable(mean, var, *y_statistics)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, mean, var, gamma, beta, weight)
-    ctx.batch_stats = batch_stats or given_mean is None
-    ctx.bias_size = None if bias is None else bias.shape[0]
+    ctx.save_for_backward(given.x, mean, var, given.gamma, given.beta, given.weight)
+    ctx.batch_stats, ctx.relu, ctx.eps = given.batch_stats or given.mean is None, given.relu, given.eps
+    ctx.geometry = (given.stride, given.padding, given.dilation, given.groups)
+    ctx.bias_size = None if given.bias is None else given.bias.shape[0]
 
 
-def _gradients(ctx, dy, weight_grad):
+def _gradients(ctx, saved, needs, dy, weight_grad):
     """The gradients of all inputs of the operator; that of weight is added to weight_grad, if that is a buffer."""
     if dy is None:
-        return (None,) * 16
-    x, mean, var, gamma, beta, weight = ctx.saved_tensors
-    needs_x, needs_gamma, needs_beta, needs_weight, needs_bias = (ctx.needs_input_grad[i] for i in (0, 3, 4, 8, 9))
-    needs_dx = needs_x or needs_gamma or needs_beta
+        return _Inputs()
+    x, mean, var, gamma, beta, weight = saved
+    needs = _Inputs(*needs[: len(_Inputs._fields)])
+    needed = (needs.x or needs.gamma or needs.beta, needs.weight)
     norm = (mean, var, gamma, beta, ctx.batch_stats, ctx.relu, ctx.eps)
     if weight_grad is None:
-        dx, dgamma, dbeta, dweight = _slim_norm_conv2d_backward(
-            dy, x, *norm, weight, *ctx.geometry, needs_dx, needs_weight
-        )
+        dx, dgamma, dbeta, dweight = _slim_norm_conv2d_backward(dy, x, *norm, weight, *ctx.geometry, *needed)
     else:
-        dx, dgamma, dbeta = _slim_norm_conv2d_backward_(
-            dy, x, *norm, weight, weight_grad, *ctx.geometry, needs_dx, True
-        )
+        dx, dgamma, dbeta = _slim_norm_conv2d_backward_(dy, x, *norm, weight, weight_grad, *ctx.geometry, *needed)
         dweight = None
-    return (
-        dx if needs_x else None,
-        *(None, None),
-        dgamma if needs_gamma else None,
-        dbeta if needs_beta else None,
-        *(None, None, None),
-        dweight if needs_weight else None,
-        bias_grad(dy, 1, ctx.bias_size) if needs_bias else None,
-        *(None,) * 6,
+    return _Inputs(
+        x=dx if needs.x else None,
+        gamma=dgamma if needs.gamma else None,
+        beta=dbeta if needs.beta else None,
+        weight=dweight if needs.weight else None,
+        bias=bias_grad(dy, 1, ctx.bias_size) if needs.bias else None,
     )
 
 
-def _backward(ctx, dy, *_):
-    return _gradients(ctx, dy, None)
+def _backward(ctx, saved, needs, dy, *_):
+    return _gradients(ctx, saved, needs, dy, None)
 
 
-_apply = differentiable(_slim_norm_conv2d, _setup_context, _backward)
-_apply_into_buffer = differentiable_into_buffer(_slim_norm_conv2d, _setup_context, _gradients)
-differentiable_once(_slim_norm_conv2d_backward)
+def slim_norm_conv2d_composition(x, mean, var, gamma, beta, batch_stats, relu, eps, weight, bias, out_channels, *rest):
+    *geometry, statistics = rest
+    activation, mean, var = normalised(x, mean, var, gamma, beta, batch_stats, relu, eps)
+    y = slim_conv2d_composition(activation, weight, bias, out_channels, *geometry)
+    if statistics:
+        return y, mean, var, *_statistics_composition(y)
+    return y, mean, var, mean.new_empty(0), mean.new_empty(0)
+
+
+def normalised(x, mean, var, gamma, beta, batch_stats, relu, eps) -> tuple[Tensor, Tensor, Tensor]:
+    """The activation, composed of PyTorch's operators, and the statistics used: those of x are functions of it."""
+    statistics = (None, None) if batch_stats else (mean, var)
+    return slim_batch_norm_composition(x, gamma, beta, *statistics, None, relu, eps)
+
+
+def slim_norm_conv2d_backward_composition(dy, x, mean, var, gamma, beta, batch_stats, relu, eps, weight, *rest):
+    *geometry, needs_dx, needs_dweight = rest
+    activation, *_ = normalised(x, mean, var, gamma, beta, batch_stats, relu, eps)
+    dx, dgamma, dbeta, dweight = x.new_empty(0), mean.new_empty(0), mean.new_empty(0), weight.new_empty(0)
+    if needs_dweight:
+        dweight = slim_conv2d_weight_grad_composition(dy, activation, weight, *geometry)
+    if needs_dx:
+        da = slim_conv2d_input_grad_composition(dy, weight, x.shape, *geometry)
+        mask = activation if relu else None
+        dx, _, dgamma, dbeta = slim_batch_norm_backward_composition(
+            da, x, mask, gamma, beta, mean, var, batch_stats, False, eps
+        )
+    return dx, dgamma, dbeta, dweight
+
+
+_apply = differentiable(_slim_norm_conv2d, _setup_context, _backward, slim_norm_conv2d_composition, cpp=True)
+_apply_into_buffer = differentiable_into_buffer(_slim_norm_conv2d, _setup_context, _gradients, cpp=True)
+composed(_slim_norm_conv2d_backward, slim_norm_conv2d_backward_composition)
+not_differentiable(_slim_norm_conv2d_backward_)
+
+
+# ---- floating-point operations: those of the convolution
+
+
+def _backward_flops(dy, x, mean, var, gamma, beta, batch_stats, relu, eps, weight, *rest):
+    *_, groups, needs_dx, needs_dweight = rest
+    return backward_flops(dy, x, weight, groups, needs_dx, needs_dweight)
+
+
+def _forward_flops(*inputs):
+    i = _Inputs(*inputs)
+    return forward_flops(i.x, i.weight, i.bias, i.out_channels, i.stride, i.padding, i.dilation, i.groups)
+
+
+count_flops(_slim_norm_conv2d, _forward_flops)
+count_flops(_slim_norm_conv2d_backward, _backward_flops)
+count_flops(_slim_norm_conv2d_backward_, _backward_flops)
 
 
 @autocast_rule(_slim_norm_conv2d)

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from .._library import define, differentiable, differentiable_once
+from .._library import composed, define, differentiable
 from ._common import check_floating, check_same_device
 from .slim_batch_norm import (
     _slim_batch_norm,
     _slim_batch_norm_backward,
     check_slim_batch_norm,
     check_slim_batch_norm_backward,
+    slim_batch_norm_backward_composition,
 )
-from .slim_norm_conv2d import NORM, _statistics_fake, norm_grad_fakes
+from .slim_norm_conv2d import NORM, _statistics_fake, norm_grad_fakes, normalised
 
 WINDOW = "SymInt[2] kernel, SymInt[2] stride, SymInt[2] padding"
 
@@ -82,16 +83,21 @@ def check_slim_max_pool2d_backward(dy, y, offset, input_size, kernel, stride, pa
 # ---- pooling
 
 
-def slim_max_pool2d_reference(x, kernel, stride, padding):
-    check_slim_max_pool2d(x, kernel, stride, padding)
+def slim_max_pool2d_composition(x, kernel, stride, padding):
     y, index = torch.nn.functional.max_pool2d(
         x, kernel, stride, padding, return_indices=True
     )  # of a pixel of the image
     top = torch.arange(y.shape[2], device=x.device)[:, None] * stride[0] - padding[0]  # [OH, 1]
     left = torch.arange(y.shape[3], device=x.device) * stride[1] - padding[1]  # [OW]
     offset = (index // x.shape[3] - top) * kernel[1] + index % x.shape[3] - left
+    return y, offset.to(torch.uint8)
+
+
+def slim_max_pool2d_reference(x, *window):
+    check_slim_max_pool2d(x, *window)
     memory_format = suggest_memory_format(x)
-    return y.contiguous(memory_format=memory_format), offset.to(torch.uint8).contiguous(memory_format=memory_format)
+    y, offset = slim_max_pool2d_composition(x, *window)
+    return y.contiguous(memory_format=memory_format), offset.contiguous(memory_format=memory_format)
 
 
 def _max_pool2d_fake(x, kernel, stride, padding):
@@ -106,15 +112,19 @@ _slim_max_pool2d = define(
 )
 
 
-def slim_max_pool2d_backward_reference(dy, y, offset, input_size, kernel, stride, padding):
-    check_slim_max_pool2d_backward(dy, y, offset, input_size, kernel, stride, padding)
+def slim_max_pool2d_backward_composition(dy, y, offset, input_size, kernel, stride, padding):
     dy = dy if y is None else dy * (y > 0)
     offset = offset.to(torch.int64)
     row = torch.arange(dy.shape[2], device=dy.device)[:, None] * stride[0] - padding[0] + offset // kernel[1]
     column = torch.arange(dy.shape[3], device=dy.device) * stride[1] - padding[1] + offset % kernel[1]
     sums = dy.new_zeros(input_size, dtype=torch.promote_types(dy.dtype, torch.float32)).flatten(2)  # [N, C, H W]
-    sums.scatter_add_(2, (row * input_size[3] + column).flatten(2), dy.to(sums.dtype).flatten(2))
-    dx = sums.unflatten(2, input_size[2:]).to(dy.dtype)
+    sums = sums.scatter_add(2, (row * input_size[3] + column).flatten(2), dy.to(sums.dtype).flatten(2))
+    return sums.unflatten(2, input_size[2:]).to(dy.dtype)
+
+
+def slim_max_pool2d_backward_reference(dy, y, offset, *arguments):
+    check_slim_max_pool2d_backward(dy, y, offset, *arguments)
+    dx = slim_max_pool2d_backward_composition(dy, y, offset, *arguments)
     return dx.contiguous(memory_format=suggest_memory_format(offset))
 
 
@@ -189,11 +199,11 @@ def _setup_context(ctx, inputs, output):
     ctx.batch_stats = batch_stats or given_mean is None
 
 
-def _backward(ctx, dy, *_):
+def _backward(ctx, saved, needs, dy, *_):
     if dy is None:
         return (None,) * 11
-    needs_x, needs_gamma, needs_beta = (ctx.needs_input_grad[i] for i in (0, 3, 4))
-    dx, dgamma, dbeta = _slim_norm_max_pool2d_backward(dy, *ctx.saved_tensors, ctx.batch_stats, ctx.eps, *ctx.window)
+    needs_x, _, _, needs_gamma, needs_beta, *_ = needs
+    dx, dgamma, dbeta = _slim_norm_max_pool2d_backward(dy, *saved, ctx.batch_stats, ctx.eps, *ctx.window)
     return (
         dx if needs_x else None,
         *(None, None),
@@ -203,8 +213,23 @@ def _backward(ctx, dy, *_):
     )
 
 
-_apply = differentiable(_slim_norm_max_pool2d, _setup_context, _backward)
-differentiable_once(_slim_max_pool2d_backward, _slim_norm_max_pool2d_backward)
+def slim_norm_max_pool2d_composition(x, mean, var, gamma, beta, batch_stats, relu, eps, *window):
+    activation, mean, var = normalised(x, mean, var, gamma, beta, batch_stats, relu, eps)
+    return *slim_max_pool2d_composition(activation, *window), mean, var
+
+
+def slim_norm_max_pool2d_backward_composition(dy, y, offset, x, mean, var, gamma, beta, batch_stats, eps, *window):
+    da = slim_max_pool2d_backward_composition(dy, y, offset, x.shape, *window)
+    dx, _, *parameters = slim_batch_norm_backward_composition(
+        da, x, None, gamma, beta, mean, var, batch_stats, False, eps
+    )
+    return dx, *parameters
+
+
+_apply = differentiable(_slim_norm_max_pool2d, _setup_context, _backward, slim_norm_max_pool2d_composition)
+composed(_slim_max_pool2d, slim_max_pool2d_composition)
+composed(_slim_max_pool2d_backward, slim_max_pool2d_backward_composition)
+composed(_slim_norm_max_pool2d_backward, slim_norm_max_pool2d_backward_composition)
 
 
 # ---- public function

@@ -2,8 +2,8 @@
 
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
 
+from .._torchvision import torchvision_module
 from .config import RegularizeConfig
 
 
@@ -14,13 +14,13 @@ class BatchAugmentation:
     """
 
     def __init__(self, config: RegularizeConfig, num_classes: int):
-        self.erasing = v2.RandomErasing(config.random_erasing) if config.random_erasing > 0 else None
+        self.erasing = _v2("RandomErasing", config.random_erasing) if config.random_erasing > 0 else None
         mixing = []
         if config.mixup > 0:
-            mixing.append(v2.MixUp(alpha=config.mixup, num_classes=num_classes))
+            mixing.append(_v2("MixUp", alpha=config.mixup, num_classes=num_classes))
         if config.cutmix > 0:
-            mixing.append(v2.CutMix(alpha=config.cutmix, num_classes=num_classes))
-        self.mixing = v2.RandomChoice(mixing) if mixing else None
+            mixing.append(_v2("CutMix", alpha=config.cutmix, num_classes=num_classes))
+        self.mixing = _v2("RandomChoice", mixing) if mixing else None
         self.mix_probability = config.mix_probability
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,3 +29,7 @@ class BatchAugmentation:
         if self.mixing is not None and torch.rand(()) < self.mix_probability:
             images, targets = self.mixing(images, targets)
         return images.contiguous(memory_format=torch.channels_last), targets
+
+
+def _v2(name, *args, **options):
+    return getattr(torchvision_module("transforms.v2"), name)(*args, **options)

@@ -11,7 +11,6 @@ import gradaug_kernels as gk
 
 from .. import data, models
 from ..data import ImageData
-from ..models.regularize import regularise
 from .config import Config
 from .transforms import named_transform
 
@@ -37,8 +36,12 @@ def build_network(config: Config, num_classes: int, channels: int) -> nn.Module:
     It has private statistics for the widths for which training updates them.
     """
     model = models.build_model(config.model.name, num_classes, channels, **config.model.options)
-    names = ("dropout", "drop_block", "drop_block_size", "stochastic_depth")
-    regularise(model, **{name: getattr(config.regularize, name) for name in names})
+    chosen = config.regularize
+    if chosen.dropout > 0 or chosen.drop_block > 0 or chosen.stochastic_depth > 0:
+        from ..models.regularize import regularise  # with torchvision, which other runs can do without
+
+        names = ("dropout", "drop_block", "drop_block_size", "stochastic_depth")
+        regularise(model, **{name: getattr(chosen, name) for name in names})
     return gk.convert(model, private_widths(config), config.gradaug.divisor)
 
 

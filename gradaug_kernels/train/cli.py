@@ -1,16 +1,23 @@
-"""The command line: `gradaug train PRESET`, `gradaug info` and `gradaug tune`."""
+"""The command line: `gradaug train PRESET`, `gradaug eval`, `gradaug compare`, `gradaug info` and `gradaug tune`."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+import gradaug_kernels as gk
+
 from .. import tune
-from .._options import nearest
+from .._options import nearest, printable
 from .compare import compare, comparison_names, load_comparison
 from .config import load_config, parse_setting, preset_names
 from .folder import CHECKPOINT, FILES
@@ -35,30 +42,114 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+SENTENCES = (ValueError, OSError, FloatingPointError, ImportError)  # whose messages are written for the user
+# In PyTorch's RuntimeErrors without a class of their own: no memory is left, or a data loader's process is gone.
+ENVIRONMENT = (
+    "can't allocate memory",
+    "out of memory",
+    "alloc_failed",
+    "calculation overflowed",
+    "dataloader worker (pid",
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv). Returns: the exit status.
 
-    0: done; 2: something in the input is wrong, and one sentence on stderr says what; 130: interrupted.
+    0: done; 2: something in the input or the machine is wrong, and one sentence on stderr says what; 130: interrupted.
+    Other exceptions are errors of this package, and propagate.
     """
     command = None
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        if hasattr(getattr(sys, name), "reconfigure"):  # what a terminal's encoding lacks is escaped
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
-        if arguments[:1] == ["tune"]:  # has a parser of its own
-            return tune.main(arguments[1:])
-        command = _parser().parse_args(arguments)
-        return command.run(command)
-    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with _signals_interrupt():
+            if arguments[:1] == ["tune"]:  # has a parser of its own
+                return tune.main(arguments[1:])
+            command = _parser().parse_args(arguments)
+            command.run(command)
+            sys.stdout.flush()  # else the interpreter's end would meet what is wrong with the output
         return 0
-    except (ValueError, OSError, FloatingPointError) as error:
-        if command is not None and command.traceback:
+    except KeyboardInterrupt:
+        return _failed(130, f"interrupted{getattr(command, 'advice', '')}")
+    except BrokenPipeError:
+        if command is not None and command.run is _info:  # the reader, such as `head`, has seen enough
+            return _failed(0)
+        return _failed(2, "error: standard output must be read until the end, got a closed pipe")
+    except Exception as error:
+        if (command is not None and command.traceback) or not _expected(error):
             raise
-        print(f"gradaug: error: {_sentence(error)}", file=sys.stderr)
-        return 2
+        return _failed(2, f"error: {_sentence(error)}")
+
+
+def _failed(status, sentence=None):
+    """`status`, after the sentence on stderr; whatever cannot be written any more is dropped."""
+    for stream, text in ((sys.stdout, None), (sys.stderr, sentence)):
+        try:
+            if text is not None:
+                print(f"gradaug: {printable(text)}", file=stream)
+            stream.flush()
+        except (OSError, ValueError):  # a closed terminal or pipe, or a full disk
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return status
+
+
+def _expected(error):
+    """Whether the input or the machine, not this package, is what went wrong."""
+    if isinstance(error, (*SENTENCES, MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in ENVIRONMENT)
+
+
+def _sentence(error):
+    """The error's message on one line; of an error that a worker process passed on, what it said in the end."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    line = lines[-1] if "Traceback" in str(error) else " ".join(lines)
+    if not isinstance(error, SENTENCES) and "worker" not in line:
+        return f"memory must suffice (smaller batches need less), got: {line}"
+    return line.removeprefix("ValueError: ")
+
+
+@contextlib.contextmanager
+def _signals_interrupt():
+    """Inside, SIGTERM and a terminal that closes raise KeyboardInterrupt as Ctrl-C does, so that files are cleared up.
+
+    A signal that is ignored, as by nohup, stays so.
+    """
+
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt
+
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                previous[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _settings(texts):
+    """{key: value} of --set. Raises: ValueError for one key with two values."""
+    settings = {}
+    for key, value in map(parse_setting, texts):
+        if key in settings and settings[key] != value:
+            raise ValueError(f"--set must give a key once, got {key} twice")
+        settings[key] = value
+    return settings
 
 
 def _parser():
     parser = Parser(prog="gradaug", description="Train and inspect slimmable networks and GradAug.")
+    parser.add_argument("--version", action="version", version=f"gradaug_kernels {gk.__version__}")
     parser.set_defaults(traceback=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -154,19 +245,15 @@ def _parser():
 def _train(command):
     from .run import train
 
-    settings = dict(map(parse_setting, command.set))
+    settings = _settings(command.set)
     for name, key in SHORTCUTS.items():
         if getattr(command, name) is not None:
             settings[key] = getattr(command, name)
     config = load_config(command.preset, settings)
     out = Path(command.out or f"runs/{config.preset}")
     keep_freed_blocks()
-    try:
-        train(config, out, resume=command.resume, overwrite=command.overwrite)
-    except KeyboardInterrupt:
-        print(f"gradaug: interrupted; --resume --out {out} goes on after the last complete epoch", file=sys.stderr)
-        return 130
-    return 0
+    command.advice = f"; --resume --out {out} goes on after the last complete epoch"
+    train(config, out, resume=command.resume, overwrite=command.overwrite)
 
 
 def _compare(command):
@@ -174,7 +261,7 @@ def _compare(command):
         raise ValueError(f"--robustness must be a number of images, got {command.robustness}")
     comparison = load_comparison(command.comparison)
     out = Path(command.out or f"runs/compare-{comparison.name}")
-    settings = comparison.settings | dict(map(parse_setting, command.set))
+    settings = comparison.settings | _settings(command.set)
     for name in ("data", "epochs", "device"):
         if getattr(command, name) is not None:
             settings[SHORTCUTS[name]] = getattr(command, name)
@@ -193,13 +280,9 @@ def _compare(command):
     words += [f"--robustness {command.robustness}"] if command.robustness else []
     words += [f"--set {shlex.quote(setting)}" for setting in command.set]
     keep_freed_blocks()
-    try:
-        compare(comparison, out, " ".join(words), command.robustness)
-    except KeyboardInterrupt:
-        print("gradaug: interrupted; the same command goes on after the last complete epoch", file=sys.stderr)
-        return 130
-    print((out / "table.md").read_text())
-    return 0
+    command.advice = "; the same command goes on after the last complete epoch"
+    compare(comparison, out, " ".join(words), command.robustness)
+    print((out / "table.md").read_text(encoding="utf-8"))
 
 
 def _eval(command):
@@ -226,17 +309,8 @@ def _eval(command):
         overwrite=command.overwrite,
     )
     print(table([("top-1", f"{found['top1']:.2f} %"), *summary(found), ("output", str(out))]))
-    return 0
 
 
 def _info(command):
     info = collect_info(command.model)
     print(json.dumps(info, indent=2) if command.json else format_info(info))
-    return 0
-
-
-def _sentence(error):
-    """The error's message on one line; of an error that a worker process passed on, what it said in the end."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    line = lines[-1] if "Traceback" in str(error) else " ".join(lines)
-    return line.removeprefix("ValueError: ")

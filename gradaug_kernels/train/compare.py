@@ -19,8 +19,6 @@ of training: of processor time on a CPU, which other work on the machine does no
 import contextlib
 import csv
 import dataclasses
-import json
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +37,9 @@ from .compare_report import (
     write_robustness_figure,
     write_rows,
 )
-from .config import Config, difference, load_config
+from .config import Config, difference, load_config, plain_name, read_toml
 from .cost import step_cost
-from .folder import CHECKPOINT, FREE_ON_RESUME
+from .folder import CHECKPOINT, FREE_ON_RESUME, claim_folder, read_json
 from .run import find_device, train
 
 COMPARISONS = Path(__file__).parent / "comparisons"
@@ -91,25 +89,30 @@ def load_comparison(name: str) -> Comparison:
         raise ValueError(nearest("comparison", name, comparison_names()))
     if not path.is_file():
         raise FileNotFoundError(f"comparison must be a name or an existing TOML file, got {name}")
-    try:
-        tables = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} must be a TOML file, got: {error}") from None
-    for key in tables:
+    tables = read_toml(path)
+    for key, table in tables.items():
         if key not in ("compare", "settings", "methods"):
             raise ValueError(nearest("section", key, ("compare", "settings", "methods")))
+        if not isinstance(table, dict):
+            raise ValueError(f"{path} must hold keys in sections, got {key} outside of one")
     head = tables.get("compare", {})
     for key in head:
         if key not in ("preset", "seeds"):
             raise ValueError(nearest("key", f"compare.{key}", ("compare.preset", "compare.seeds")))
     if not tables.get("methods"):
         raise ValueError(f"{path} must have sections [methods.NAME], got none")
+    for method, table in tables["methods"].items():
+        if not isinstance(table, dict):
+            raise ValueError(f"{path} must have sections [methods.NAME], got {plain_name('a method', method)} as a key")
+    preset, seeds = head.get("preset", "quickstart"), head.get("seeds", [0, 1, 2])
+    if not isinstance(preset, str) or not isinstance(seeds, list):
+        raise ValueError(f"compare.preset must be a name and compare.seeds a list, got {preset} and {seeds}")
     return Comparison(
-        name=path.stem,
-        preset=head.get("preset", "quickstart"),
-        seeds=tuple(head.get("seeds", (0, 1, 2))),
+        name=plain_name("comparison", path.stem),
+        preset=preset,
+        seeds=tuple(seeds),
         settings=_flat(tables.get("settings", {})),
-        methods={method: _flat(table) for method, table in tables["methods"].items()},
+        methods={plain_name("a method", method): _flat(table) for method, table in tables["methods"].items()},
     )
 
 
@@ -120,10 +123,16 @@ def compare(comparison: Comparison, out: str | Path, command: str, robustness: i
     interrupted and started again. command: what the table says that it was made by. robustness: so many test images are
     corrupted and attacked, for the networks of the equal epochs; robustness.csv and robustness.png are written besides.
 
-    Returns: the rows of runs.csv. Raises: ValueError where `out` holds a run of other settings.
+    Returns: the rows of runs.csv. Raises: ValueError where `out` holds a run of other settings; BlockingIOError where
+    another process works in `out`.
     """
     out = Path(out)
     plans = plan(comparison)
+    with claim_folder(out, (*FILES, *ROBUSTNESS_FILES)):
+        return _compare(comparison, plans, out, command, robustness)
+
+
+def _compare(comparison, plans, out, command, robustness):
     rows = []
     for number, planned in enumerate(plans, 1):
         folder = out / "runs" / planned.folder
@@ -132,8 +141,7 @@ def compare(comparison: Comparison, out: str | Path, command: str, robustness: i
         if summary is None:
             print(f"{label} ...", flush=True)
             resume = (folder / CHECKPOINT).is_file()
-            out.mkdir(parents=True, exist_ok=True)
-            with open(out / "log.txt", "a") as log, contextlib.redirect_stdout(log):
+            with open(out / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
                 summary = train(planned.config, folder, resume=resume, overwrite=not resume)
         seconds = _seconds(folder, planned.config)
         print(f"{label}: {summary['top1']:.2f} %, {seconds:.0f} s", flush=True)
@@ -171,7 +179,7 @@ def _robustness(planned: Plan, folder: Path, images: int) -> dict[str, Any]:
     from ..evaluate.checkpoint import evaluate_checkpoint
 
     path = folder / "evaluation" / "evaluation.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
+    found = read_json(path, ["images", "top1"]) if path.is_file() else {}
     if found.get("images") != images or not {"corruptions", "attacks"} <= found.keys():
         print(f"{planned.method}, seed {planned.seed}: corruptions and attacks ...", flush=True)
         with contextlib.redirect_stdout(None):
@@ -201,6 +209,9 @@ def plan(comparison: Comparison) -> list[Plan]:
         method: load_config(comparison.preset, comparison.settings | settings)
         for method, settings in comparison.methods.items()
     }
+    seeds = comparison.seeds
+    if not seeds or any(type(seed) is not int for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be different integers, at least one, got {list(seeds)}")
     costs, relative = {}, {}
     for method, config in configs.items():
         images, _ = load_images(config)
@@ -210,7 +221,7 @@ def plan(comparison: Comparison) -> list[Plan]:
         costs[method] *= per_epoch
     budget = max(costs[method] * config.train.epochs for method, config in configs.items())
     plans = []
-    for seed in comparison.seeds:
+    for seed in seeds:
         for method, config in configs.items():
             equal_compute = max(1, round(budget / costs[method]))
             by_epochs = {}
@@ -237,13 +248,16 @@ def _finished(folder, config):
     if key is not None:
         raise ValueError(f"{folder} must be a run of this comparison, got one of another {key}; take another --out")
     path = folder / "summary.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(path, ["top1", "top5", "data", "device", "threads"]) if path.is_file() else None
 
 
 def _seconds(folder, config):
     column = "cpu_seconds" if find_device(config.train.device).type == "cpu" else "seconds"
-    with open(folder / "metrics.csv", newline="") as file:
-        return sum(float(row[column]) for row in csv.DictReader(file))
+    with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
+        try:
+            return sum(float(row[column]) for row in csv.DictReader(file))
+        except (KeyError, TypeError, ValueError, csv.Error):
+            raise ValueError(f"{file.name} must have numbers in the column {column}, got others") from None
 
 
 def _setting(config, summary):

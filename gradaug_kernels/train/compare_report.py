@@ -37,7 +37,7 @@ def summarise(rows: Rows) -> Rows:
 
 def write_rows(path: Path, rows: Rows) -> None:
     """A CSV file of rows with the same keys."""
-    with complete_file(path) as temporary, open(temporary, "w", newline="") as file:
+    with complete_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -63,7 +63,7 @@ def write_markdown(path: Path, table: Rows, name: str, command: str, setting: st
             "",
         ]
     with complete_file(path) as temporary:
-        temporary.write_text("\n".join(lines))
+        temporary.write_text("\n".join(lines), encoding="utf-8")
 
 
 def write_figure(path: Path, rows: Rows, title: str) -> None:
@@ -109,9 +109,9 @@ def write_robustness(path: Path, rows: Rows) -> None:
     for (method,), group in _grouped(rows, "method").items():
         cells = (f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in (_spread(group, key) for key in shown))
         lines.append(f"| {method} | {len(group)} | {' | '.join(cells)} |")
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     with complete_file(path) as temporary:
-        temporary.write_text("\n".join([text, *lines, ""]))
+        temporary.write_text("\n".join([text, *lines, ""]), encoding="utf-8")
 
 
 def write_robustness_figure(path: Path, rows: Rows, title: str) -> None:

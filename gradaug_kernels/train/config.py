@@ -5,6 +5,8 @@
 
 import dataclasses
 import difflib
+import json
+import re
 import tomllib
 import typing
 from pathlib import Path
@@ -121,6 +123,8 @@ SECTIONS = {
     if field.name != "preset"
 }
 SUBNET_LOSSES = ("kl", "alpha_divergence", "cross_entropy")
+LARGEST = 1e18  # of the settings, whose squares float32 holds
+SMALL = 32  # pixels of the images of the data sets without an option `size`
 BUILDERS = {"data": data.find, "model": models.find}  # the sections that take the options of what they name
 
 
@@ -145,14 +149,12 @@ def load_config(preset: str, settings: dict[str, Any] | None = None) -> Config:
         path = PRESETS / f"{preset}.toml"
         if preset not in preset_names():
             raise ValueError(nearest("preset", preset, preset_names()))
-    try:
-        tables = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} must be a TOML file, got: {error}") from None
+    tables = read_toml(path)
     name = tables.pop("preset", preset)
     for section, table in tables.items():
         if not isinstance(table, dict):
             raise ValueError(f"{path} must hold keys in sections, got {section} outside of one")
+    _drop_options_of_others(tables, settings or {})
     for key, value in (settings or {}).items():
         section, dot, name_in_section = key.partition(".")
         if not dot or section not in SECTIONS:
@@ -161,12 +163,35 @@ def load_config(preset: str, settings: dict[str, Any] | None = None) -> Config:
     return from_tables(name, tables)
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file. Raises: ValueError for another one."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be a TOML file, got: {error}") from None
+
+
+def plain_name(key: str, name: Any) -> str:
+    """`name`, which becomes a folder's and stands in titles. Raises: ValueError where it could lead elsewhere."""
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w .,+=()-]{0,99}", name):
+        raise ValueError(f"{key} must be a plain name of letters, digits and .,+=()_-, got {_toml(name)}")
+    return name
+
+
 def from_tables(preset: str, tables: dict[str, dict[str, Any]]) -> Config:
-    """The configuration held in nested dicts, checked; what is absent keeps its default."""
+    """The configuration held in nested dicts, checked; what is absent keeps its default.
+
+    preset: its name, or the path of its file, which gives the name.
+    """
+    if isinstance(preset, str) and preset.endswith(".toml"):
+        preset = Path(preset).stem
+    plain_name("preset", preset)
     sections = {}
     for section, table in tables.items():
         if section not in SECTIONS:
-            raise ValueError(nearest("section", section, SECTIONS))
+            raise ValueError(nearest("section", str(section), SECTIONS))
+        if not isinstance(table, dict):
+            raise ValueError(f"{section} must be a section of keys, got {_toml(table)}")
         sections[section] = table
     parsed = {name: _parse(name, kind, sections.get(name, {}), tables) for name, kind in SECTIONS.items()}
     config = Config(preset=preset, **parsed)
@@ -198,9 +223,10 @@ def parse_setting(text: str) -> tuple[str, Any]:
     if not equals:
         raise ValueError(f"--set must be given section.key=value, got {text}")
     try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key.strip(), value.strip()
+        tables = tomllib.loads(f"value = {value}")
+    except (ValueError, RecursionError):
+        tables = {}
+    return key.strip(), tables["value"] if tables.keys() == {"value"} else value.strip()
 
 
 def difference(config: Config, other: Config, free: tuple[str, ...] = ()) -> str | None:
@@ -211,6 +237,26 @@ def difference(config: Config, other: Config, free: tuple[str, ...] = ()) -> str
             if f"{section}.{key}" not in free and table.get(key) != theirs[section].get(key):
                 return f"{section}.{key}"
     return None
+
+
+def _drop_options_of_others(tables, settings):
+    """Remove the preset's options of the data set and of the model in whose place `settings` name another one.
+
+    The sub-networks' resolutions keep their ratio to the images' size.
+    """
+    for section, find in BUILDERS.items():
+        table = tables.get(section, {})
+        before = table.get("name", SECTIONS[section].name)
+        after = settings.get(f"{section}.name", before)
+        if after == before or not all(isinstance(name, str) for name in (before, after)):
+            continue
+        sizes = [keyword_options(find(name)).get("size", SMALL) for name in (before, after)]
+        sizes = table.get("size", sizes[0]), settings.get(f"{section}.size", sizes[1])
+        for key in keyword_options(find(before)):
+            table.pop(key, None)
+        resolutions = tables.get("gradaug", {}).get("resolutions")
+        if section == "data" and sizes[0] != sizes[1] and resolutions and all(type(n) is int for n in sizes):
+            tables["gradaug"]["resolutions"] = [max(1, round(size * sizes[1] / sizes[0])) for size in resolutions]
 
 
 def _parse(section, kind, table, tables):
@@ -250,11 +296,18 @@ def _typed(key, value, kind):
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{key} must be a list, got {_toml(value)}")
         return tuple(_typed(f"each entry of {key}", entry, typing.get_args(kind)[0]) for entry in value)
+    bits = 63 if key.endswith("seed") else 31
+    if type(value) is int and abs(value) >= 2**bits:
+        raise ValueError(f"{key} must be a number below 2^{bits}, got one of {len(str(abs(value)))} digits")
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
         names = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
         raise ValueError(f"{key} must be {names[kind]}, got {_toml(value)}")
+    if kind is float and not abs(value) <= LARGEST:
+        raise ValueError(f"{key} must be a finite number of at most {LARGEST:g}, got {value}")
+    if kind is str and not value.isascii() and value.encode("utf-8", "replace").decode("utf-8") != value:
+        raise ValueError(f"{key} must be text that UTF-8 can hold, got {_toml(value)}")
     return value
 
 
@@ -262,8 +315,7 @@ def _toml(value):
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's but for DEL
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_toml, value))}]"
     return str(value)
@@ -284,8 +336,8 @@ def _check_ranges(config):
     require(config.data.per_class >= 0, "data.per_class", "at least 0")
     require(config.data.fraction == 1 or config.data.per_class == 0, "data.per_class", "0 with a fraction")
     require(config.data.part_seed >= 0, "data.part_seed", "at least 0")
-    require(config.data.workers >= 0, "data.workers", "at least 0")
-    require(gradaug.num_subnets >= 0, "gradaug.num_subnets", "at least 0")
+    require(0 <= config.data.workers <= 512, "data.workers", "from 0 to 512")
+    require(0 <= gradaug.num_subnets <= 1000, "gradaug.num_subnets", "from 0 to 1000")
     require(
         gradaug.sampler in ("width", "layer_width", "depth"), "gradaug.sampler", '"width", "layer_width" or "depth"'
     )
@@ -330,9 +382,12 @@ def _check_ranges(config):
     require(
         bool(schedule.milestones) == (schedule.name == "step"), "schedule.milestones", 'set for "step", and only for it'
     )
+    require(all(epoch >= 0 for epoch in schedule.milestones), "schedule.milestones", "epochs of at least 0")
+    require(schedule.gamma >= 0, "schedule.gamma", "at least 0")
     require(run.batch_size >= 1, "train.batch_size", "at least 1")
     require(run.seed >= 0, "train.seed", "at least 0")
     require(run.precision in ("fp32", "bf16"), "train.precision", '"fp32" or "bf16"')
     require(evaluate.batch_size >= 1, "evaluate.batch_size", "at least 1")
-    require(all(0 < width <= 1 for width in evaluate.widths), "evaluate.widths", "widths in (0, 1]")
+    usable = evaluate.widths and all(0 < width <= 1 for width in evaluate.widths)
+    require(usable, "evaluate.widths", "widths in (0, 1]")
     require(evaluate.calibration_batches >= 0, "evaluate.calibration_batches", "at least 0")

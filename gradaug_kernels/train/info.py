@@ -11,11 +11,14 @@ import gradaug_kernels as gk
 from .. import models
 from .._library import backends, build_config
 
+_WIDTHS = (1.0, 0.5)  # of the table of channels
+
 
 def collect_info(model: str | None = None) -> dict[str, Any]:
     """Versions, devices, build configuration, and {operator: {device: backend}} as plain values for JSON.
 
-    With the name of a model, such as "torchvision/resnet50", also {batch norm: what it runs in one operator}.
+    With the name of a model, such as "torchvision/resnet50", also {batch norm: what it runs in one operator}, and the
+    rows of `gradaug_kernels.summary` at widths 1 and 0.5.
     """
     versions = {"gradaug_kernels": gk.__version__, "python": platform.python_version(), "torch": torch.__version__}
     for package in ("torchvision", "triton", "numpy"):
@@ -23,7 +26,11 @@ def collect_info(model: str | None = None) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    chains = {} if model is None else {"chains": gk.fused_chains(gk.convert(models.build_model(model, 10)))}
+    of_model = {}
+    if model is not None:
+        converted = gk.convert(models.build_model(model, 10))
+        of_model["chains"] = gk.fused_chains(converted)
+        of_model["layers"] = [row._asdict() for row in gk.summary(converted, _WIDTHS).rows]
     return {
         "versions": versions,
         "device": {
@@ -35,7 +42,7 @@ def collect_info(model: str | None = None) -> dict[str, Any]:
         },
         "build": build_config(),
         "ops": backends(),
-        **chains,
+        **of_model,
     }
 
 
@@ -54,6 +61,8 @@ def format_info(info: dict[str, Any]) -> str:
     if "chains" in info:
         lines.append("batch norms, and what each runs in one operator")
         lines += [f"  {name:<{width}} {chain}" for name, chain in info["chains"].items()]
+        rows = tuple(gk.LayerSummary(**row) for row in info["layers"])
+        lines += ["channels at each width", *(f"  {line}" for line in str(gk.Summary(_WIDTHS, rows)).splitlines())]
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -4,9 +4,17 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from .._options import printable
 from .folder import complete_file
 
 Row = dict[str, int | float]  # one epoch's figures by column name, the same columns in every row
+
+
+def columns(num_subnets: int) -> list[str]:
+    """The keys of a row."""
+    losses = ["loss_full", *(f"loss_subnet_{number + 1}" for number in range(num_subnets))]
+    times = ["seconds", "cpu_seconds", "images_per_second"]
+    return ["epoch", "lr", *losses, "train_top1", *times, "eval_loss", "eval_top1", "eval_top5"]
 
 
 def write_metrics(path: Path, history: list[Row]) -> None:
@@ -14,7 +22,7 @@ def write_metrics(path: Path, history: list[Row]) -> None:
 
     loss_subnet_1 is of the widest sub-network of each step, the last one of that of minimum width.
     """
-    with complete_file(path) as temporary, open(temporary, "w", newline="") as file:
+    with complete_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(history[0]))
         writer.writeheader()
         writer.writerows(history)
@@ -106,6 +114,7 @@ def closing_table(summary: dict[str, Any], out: Path) -> str:
 
 def table(rows: list[tuple[str, str]]) -> str:
     """Rows (name, value) between rules."""
+    rows = [(name, printable(value)) for name, value in rows]
     width = max(len(name) for name, _ in rows)
     rule = "-" * (width + 2 + max(len(value) for _, value in rows))
     return "\n".join([rule, *(f"{name:<{width}}  {value}" for name, value in rows), rule])

@@ -1,11 +1,8 @@
 """One training run from top to bottom: configuration, data, network, loop, report."""
 
-import contextlib
 import json
 import math
 import platform
-import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,13 +13,15 @@ from tqdm import tqdm
 
 import gradaug_kernels as gk
 
+from .._options import printable
 from ..data.image_tensors import mix_seed
 from .augment import BatchAugmentation
 from .average import WeightAverage, add_gradient_noise
 from .build import build_network, build_optimizer, build_step, load_images, private_widths
 from .config import Config, to_tables
-from .folder import CHECKPOINT, complete_file, open_folder, write_checkpoint
-from .report import closing_table, epoch_line, write_curves, write_metrics
+from .folder import CHECKPOINT, FILES, claim_folder, complete_file, open_folder, write_checkpoint
+from .report import closing_table, columns, epoch_line, write_curves, write_metrics
+from .state import load_progress, load_weights
 
 SUBNET_LOSS_TITLES = {"kl": "KL divergence", "alpha_divergence": "alpha-divergence", "cross_entropy": "cross entropy"}
 CHECK_EVERY = 20  # iterations between looks at the loss: each look waits for the device
@@ -35,8 +34,9 @@ def train(config: Config, out: str | Path, *, resume: bool = False, overwrite: b
     `resume` from its last complete epoch and ends with the weights that it would have had without the stop.
 
     Returns: the content of summary.json, accuracies in percent.
-    Raises: FileExistsError when `out` is not empty and neither `resume` nor `overwrite` is set; FloatingPointError
-    when the loss is not finite, in which case the checkpoint of the last complete epoch stays.
+    Raises: FileExistsError when `out` is not empty and neither `resume` nor `overwrite` is set; BlockingIOError when
+    another process works in it; ValueError when what it holds is damaged or of other settings; FloatingPointError when
+    a loss or a weight is not finite. The checkpoint of the last complete epoch stays.
     """
     start = time.perf_counter()
     out = Path(out)
@@ -67,41 +67,44 @@ def train(config: Config, out: str | Path, *, resume: bool = False, overwrite: b
     average = WeightAverage(model, regularize.average_decay) if regularize.average_decay > 0 else None
     evaluated = model if average is None else average.model
 
-    # Where an earlier run stopped
-    history, seconds_before = [], 0.0
-    checkpoint = open_folder(out, config, resume, overwrite)
-    if checkpoint is not None:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scheduler.load_state_dict(checkpoint["scheduler"])
-        step.load_state_dict(checkpoint["gradaug"])
-        history, seconds_before = checkpoint["history"], checkpoint["seconds"]
-        if average is not None:
-            average.model.load_state_dict(checkpoint["average"])
-            average.updates = len(history) * len(train_loader)
+    with claim_folder(out, FILES, create=not resume):
+        # Where an earlier run stopped
+        history, seconds_before = [], 0.0
+        checkpoint = open_folder(out, config, resume, overwrite)
+        if checkpoint is not None:
+            try:
+                load_weights("model", model, checkpoint["model"])
+                if average is not None:
+                    load_weights("average", average.model, checkpoint.get("average", {}))
+                iterations = len(train_loader)
+                load_progress(checkpoint, optimizer, scheduler, step, iterations, columns(config.gradaug.num_subnets))
+            except ValueError as error:
+                raise ValueError(f"{out / CHECKPOINT} must be a checkpoint of this run: {error}") from None
+            history, seconds_before = checkpoint["history"], checkpoint["seconds"]
+            if average is not None:
+                average.updates = len(history) * len(train_loader)
 
-    def save():
-        write_checkpoint(
-            out / CHECKPOINT,
-            preset=config.preset,
-            config=to_tables(config),
-            epoch=len(history),
-            model=model.state_dict(),
-            optimizer=optimizer.state_dict(),
-            scheduler=scheduler.state_dict(),
-            gradaug=step.state_dict(),
-            history=history,
-            seconds=seconds_before + time.perf_counter() - start,
-            **({} if average is None else {"average": average.model.state_dict()}),
-        )
+        def save():
+            write_checkpoint(
+                out / CHECKPOINT,
+                preset=config.preset,
+                config=to_tables(config),
+                epoch=len(history),
+                model=model.state_dict(),
+                optimizer=optimizer.state_dict(),
+                scheduler=scheduler.state_dict(),
+                gradaug=step.state_dict(),
+                history=history,
+                seconds=seconds_before + time.perf_counter() - start,
+                **({} if average is None else {"average": average.model.state_dict()}),
+            )
 
-    if checkpoint is None:
-        save()
-    counts = f"{len(images.train):,} training and {len(images.test):,} {evaluated_on} images"
-    print(f"{config.preset}: {counts}, {images.origin}")
+        if checkpoint is None:
+            save()
+        counts = f"{len(images.train):,} training and {len(images.test):,} {evaluated_on} images"
+        print(f"{config.preset}: {counts}, {printable(images.origin)}")
 
-    # Loop
-    with _sigterm_interrupts():
+        # Loop
         for epoch in range(len(history), epochs):
             try:
                 row = _train_epoch(step, model, average, augmentation, train_loader, epoch, epochs, config, device)
@@ -118,33 +121,36 @@ def train(config: Config, out: str | Path, *, resume: bool = False, overwrite: b
         last = history[-1]
         widths = _evaluate_widths(evaluated, images, test_loader, config, at_loader, last["eval_top1"], autocast_dtype)
         save()  # with the widths' statistics
-    summary = {
-        "preset": config.preset,
-        "top1": last["eval_top1"],
-        "top5": last["eval_top5"],
-        "evaluated_on": evaluated_on,
-        "widths": widths,
-        "seconds": seconds_before + time.perf_counter() - start,
-        "seed": seed,
-        "images_per_second": epochs * len(train_loader) * config.train.batch_size / sum(r["seconds"] for r in history),
-        "epochs": epochs,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "data": images.origin,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "gradaug_kernels": gk.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
-    write_metrics(out / "metrics.csv", history)
-    title = f"{config.preset}: {config.model.name}, {summary['parameters']:,} parameters, seed {seed}"
-    write_curves(
-        out / "curves.png", history, widths, evaluated_on, title, SUBNET_LOSS_TITLES[config.gradaug.subnet_loss]
-    )
-    with complete_file(out / "summary.json") as path:
-        path.write_text(json.dumps(summary, indent=2) + "\n")
+        summary = {
+            "preset": config.preset,
+            "top1": last["eval_top1"],
+            "top5": last["eval_top5"],
+            "evaluated_on": evaluated_on,
+            "widths": widths,
+            "seconds": seconds_before + time.perf_counter() - start,
+            "seed": seed,
+            "images_per_second": epochs
+            * len(train_loader)
+            * config.train.batch_size
+            / sum(r["seconds"] for r in history),
+            "epochs": epochs,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "data": images.origin,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+            "threads": torch.get_num_threads(),
+            "versions": {
+                "gradaug_kernels": gk.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        write_metrics(out / "metrics.csv", history)
+        title = f"{config.preset}: {config.model.name}, {summary['parameters']:,} parameters, seed {seed}"
+        write_curves(
+            out / "curves.png", history, widths, evaluated_on, title, SUBNET_LOSS_TITLES[config.gradaug.subnet_loss]
+        )
+        with complete_file(out / "summary.json") as path:
+            path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(closing_table(summary, out))
     return summary
 
@@ -171,7 +177,13 @@ def _train_epoch(step, model, average, augmentation, loader, epoch, epochs, conf
             for name, mean in zip(names, means, strict=True):
                 if not math.isfinite(mean):
                     raise FloatingPointError(f"loss must be finite, got {mean} as {name} in epoch {epoch + 1}")
+            if step.skipped:
+                count = f"{step.skipped} of {iteration} steps without in epoch {epoch + 1}"
+                raise FloatingPointError(f"loss, gradient and statistics must be finite, got {count}")
             bar.set_postfix(loss=f"{means[0]:.3f}", refresh=False)
+    # A loss is of the weights before its step: those after the last one, which the checkpoint keeps, have shown none.
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise FloatingPointError(f"weights must be finite, got NaN or infinity at the end of epoch {epoch + 1}")
     seconds = time.perf_counter() - started
     count = len(loader) * config.train.batch_size
     return {
@@ -249,21 +261,6 @@ def find_device(name: str) -> torch.device:
         raise ValueError(f'train.device must be "auto", "cpu" or "cuda", got "{name}"')
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f'train.device must be "cpu" on a machine without a usable GPU, got "{name}"')
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f'train.device must be one of {torch.cuda.device_count()} GPUs, counted from 0, got "{name}"')
     return device
-
-
-@contextlib.contextmanager
-def _sigterm_interrupts():
-    """Inside, SIGTERM raises KeyboardInterrupt as Ctrl-C does, so that no file is left half written."""
-
-    def interrupt(signum, frame):
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

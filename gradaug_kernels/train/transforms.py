@@ -8,25 +8,24 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
 
-BILINEAR = v2.InterpolationMode.BILINEAR
-
-
-def _scale(size):
-    return v2.RandomAffine(0, scale=(0.75, 1.25), interpolation=BILINEAR)
+from .._torchvision import torchvision_module
 
 
-def _rotation(size):
-    return v2.RandomRotation(15, interpolation=BILINEAR)
+def _scale(v2, size):
+    return v2.RandomAffine(0, scale=(0.75, 1.25), interpolation=v2.InterpolationMode.BILINEAR)
 
 
-def _crop(size):
+def _rotation(v2, size):
+    return v2.RandomRotation(15, interpolation=v2.InterpolationMode.BILINEAR)
+
+
+def _crop(v2, size):
     return v2.RandomResizedCrop(size, scale=(0.5, 1.0), antialias=True)
 
 
 GEOMETRIC = {"scale": _scale, "rotation": _rotation, "crop": _crop}
-PIXELS = {"rand_augment": v2.RandAugment, "trivial_augment": v2.TrivialAugmentWide}
+PIXELS = {"rand_augment": "RandAugment", "trivial_augment": "TrivialAugmentWide"}
 NAMES = (*GEOMETRIC, *PIXELS)
 
 
@@ -63,6 +62,7 @@ def named_transform(name: str, size: int, mean: Sequence[float], std: Sequence[f
     name: "scale" (by 0.75 to 1.25), "rotation" (up to 15 degrees), "crop" (half to all of the area, resized),
     "rand_augment" (Cubuk et al. 2020, two operations of magnitude 9) or "trivial_augment" (Mueller and Hutter 2021).
     """
+    v2 = torchvision_module("transforms.v2")
     if name in GEOMETRIC:
-        return PerImage(GEOMETRIC[name](size))
-    return PerImage(OnPixels(PIXELS[name](), mean, std))
+        return PerImage(GEOMETRIC[name](v2, size))
+    return PerImage(OnPixels(getattr(v2, PIXELS[name])(), mean, std))

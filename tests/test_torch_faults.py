@@ -1,0 +1,136 @@
+"""Faults of PyTorch's own convolutions that our fallbacks avoid.
+
+The first half is PyTorch alone: a test that fails there says that the fault is mended, and that its workaround can go
+(for_torch in csrc/cpu/slim_conv2d.cpp, _for_torch in ops/slim_conv2d.py). The second half is what our operators make of
+the same.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gradaug_kernels  # noqa: F401
+from gradaug_kernels.ops.slim_conv2d import slim_conv2d_reference, slim_conv2d_weight_grad__reference
+
+NHWC = torch.channels_last
+with_bfloat16_instructions = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512"
+    or not torch.cpu._is_avx512_bf16_supported()
+    or torch.cpu._is_amx_tile_supported(),
+    reason="the faults were found on AVX-512 with bfloat16 and without AMX",
+)
+# A forward pass whose left columns of outputs see nothing but padding.
+NARROW = """
+import torch
+x = torch.randn(1, 12, 57, 1).to({dtype}).to(memory_format=torch.channels_last)
+weight, bias = torch.randn(12, 3, 1, 1).to({dtype}), torch.randn(12).to({dtype})
+for _ in range(20):
+    torch.nn.functional.conv2d(x, weight, {bias}, (2, 4), (1, 3), (1, 3), 4)
+"""
+# In a process of its own: the same kernels may also write beyond their memory.
+COLUMN = """
+import torch
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+x, dy, weight = (
+    torch.randn(size).bfloat16().to(memory_format=torch.channels_last)
+    for size in ((2, 6, 175, 1), (2, 6, 88, 1), (6, 3, 3, 3))
+)
+geometry = ([2, 2], [1, 1], [1, 1], False, [0, 0], 2, [False, True, False])
+for _ in range(20):
+    assert torch.ops.aten.convolution_backward(dy, x, weight, None, *geometry)[1].isfinite().all()
+"""
+
+
+# ---- PyTorch alone
+
+
+@with_bfloat16_instructions
+@pytest.mark.parametrize(("dtype", "bias"), [("torch.bfloat16", "None"), ("torch.float32", "bias")])
+def test_torch_crashes_on_images_narrower_than_the_stride(dtype, bias):
+    done = subprocess.run([sys.executable, "-c", NARROW.format(dtype=dtype, bias=bias)], capture_output=True)
+    assert done.returncode < 0, f"mended in PyTorch {torch.__version__}"
+
+
+@with_bfloat16_instructions
+def test_torch_leaves_memory_uninitialised_in_weight_gradients():
+    done = subprocess.run([sys.executable, "-c", COLUMN], capture_output=True, text=True)
+    assert done.returncode != 0, f"mended in PyTorch {torch.__version__}: {done.stdout}"
+
+
+def test_torch_trusts_the_stride_of_one_image():
+    x, dy, weight, exact = one_image_of_a_batch()
+    geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 2, [False, True, False])
+    found = torch.ops.aten.convolution_backward(dy, x, weight, None, *geometry)[1]
+    assert not torch.allclose(found, exact), f"mended in PyTorch {torch.__version__}"
+
+
+# ---- our operators
+
+
+def narrow_weight_gradient():
+    """x, dy, weight of bfloat16 on 175 x 1 pixels with stride 2, in groups that our kernels leave to PyTorch."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 6, 175, 1), (2, 6, 88, 1), (6, 3, 3, 3)
+    return [torch.randn(s, generator=generator).bfloat16().contiguous(memory_format=NHWC) for s in shapes]
+
+
+def one_image_of_a_batch():
+    """x, dy, weight of float64, x with another batch stride than H * W * C; the exact gradient."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(1, 6, 5, 7, generator=generator, dtype=torch.float64)
+    x = values.new_full((300,), torch.nan).as_strided(values.shape, (6, 1, 42, 6)).copy_(values)
+    dy = torch.randn(1, 4, 5, 7, generator=generator, dtype=torch.float64).contiguous(memory_format=NHWC)
+    weight = torch.zeros(4, 3, 3, 3, dtype=torch.float64).contiguous(memory_format=NHWC)
+    return x, dy, weight, torch.nn.grad.conv2d_weight(values, weight.shape, dy.contiguous(), padding=1, groups=2)
+
+
+FORWARDS = {"operator": torch.ops.gradaug.slim_conv2d.default, "reference": slim_conv2d_reference}
+WEIGHT_GRADS = {
+    "operator": torch.ops.gradaug.slim_conv2d_weight_grad_.default,
+    "reference": slim_conv2d_weight_grad__reference,
+}
+of_both = pytest.mark.parametrize("kind", FORWARDS)
+
+
+@of_both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+def test_images_narrower_than_the_stride(dtype, kind):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(s, generator=generator).to(dtype) for s in ((1, 12, 57, 1), (12, 3, 1, 1)))
+    bias, geometry = torch.randn(12, generator=generator).to(dtype), ([2, 4], [1, 3], [1, 3], 4)
+    y = FORWARDS[kind](x.contiguous(memory_format=NHWC), weight, bias, 12, *geometry)
+    expected = F.conv2d(x.double(), weight.double(), bias.double(), *geometry)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, expected.to(dtype))
+
+
+@of_both
+def test_weight_gradient_of_a_column_of_pixels(kind):
+    x, dy, weight = narrow_weight_gradient()
+    buffer = torch.zeros(weight.shape)
+    WEIGHT_GRADS[kind](dy, x, buffer, [2, 2], [1, 1], [1, 1], 2)
+    exact = torch.nn.grad.conv2d_weight(x.double().contiguous(), weight.shape, dy.double().contiguous(), 2, 1, 1, 2)
+    torch.testing.assert_close(buffer.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@of_both
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_weight_gradient_of_one_image_of_a_batch(kernel, kind):
+    x, dy, _, _ = one_image_of_a_batch()
+    buffer = torch.zeros(4, 3, kernel, kernel, dtype=torch.float64)
+    WEIGHT_GRADS[kind](dy, x, buffer, [1, 1], [kernel // 2] * 2, [1, 1], 2)
+    exact = torch.nn.grad.conv2d_weight(x.clone().contiguous(), buffer.shape, dy.contiguous(), 1, kernel // 2, 1, 2)
+    torch.testing.assert_close(buffer, exact)
+
+
+@of_both
+def test_weight_gradient_of_one_row_of_a_larger_image(kind):
+    x = torch.randn(1, 6, 3, 8, dtype=torch.float64).contiguous(memory_format=NHWC)[:, :, 1:2]
+    dy, buffer = torch.randn(1, 4, 1, 8, dtype=torch.float64), torch.zeros(4, 3, 3, 3, dtype=torch.float64)
+    WEIGHT_GRADS[kind](dy.contiguous(memory_format=NHWC), x, buffer, [1, 1], [1, 1], [1, 1], 2)
+    exact = torch.nn.grad.conv2d_weight(x.clone().contiguous(), buffer.shape, dy, padding=1, groups=2)
+    torch.testing.assert_close(buffer, exact)
