@@ -240,9 +240,9 @@ def axes(draw, kernel=None):
     kernel = draw(values(1, 2, 3, 4, 5, 6, 7)) if kernel is None else kernel
     stride, dilation = draw(values(1, 2, 3, 4)), draw(values(1, 2, 3, 4) if kernel > 1 else values(1, 1, 1, 2))
     period = math.lcm(stride, dilation)
-    padding = draw(st.integers(0, period - 1)) + period * draw(values(0, 0, 1))
+    padding = draw(st.sampled_from(range(period))) + period * draw(values(0, 0, 1))
     least = dilation * (kernel - 1) + 1 - 2 * padding
-    size = max(draw(values(1, 1, 1, 1, 0)), least) + draw(values(0, 1, 2, 3, 4, 5, 6, 8, 11))
+    size = max(draw(values(1, 1, 1, 1, 0)), least) + draw(values(0, 0, 1, 2, 3, 4, 5, 6, 8, 11))
     return kernel, stride, padding, dilation, size
 
 

@@ -90,4 +90,5 @@ class Worker:
     def _command(self, case) -> str:
         module, name = self.check.__module__, self.check.__name__
         variables = "".join(f" {variable}={value}" for variable, value in self.environment.items())
-        return f"\n\nPYTHONPATH=.:tests{variables} python -c 'from {module} import *; {name}({case!r})'\n"
+        code = f"from {module} import *; {name}({case!r})".replace("'", '"')  # no string of a case has either
+        return f"\n\nPYTHONPATH=.:tests{variables} python -c '{code}'\n"

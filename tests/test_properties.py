@@ -43,7 +43,7 @@ def test_operator(request, operator, worker):
 
 
 def test_every_residue_comes_up(request):
-    """Of the padding by the stride and by the dilation, and of the kernel by the stride, along each axis."""
+    """Of the padding by the stride and by the dilation, and of the kernel by the stride, 1 in 100 cases at least."""
     found = Counter()
 
     def count(case):
@@ -56,11 +56,11 @@ def test_every_residue_comes_up(request):
                 found["kernel", stride, kernel % stride] += 1
                 found["dilation", dilation, padding % dilation] += 1
 
-    run(request, conv_cases(), 500, count)
+    run(request, conv_cases(), 1000, count)
     for kind in ("padding", "dilation", "kernel"):
         for modulus in (1, 2, 3, 4):
             counts = [found[kind, modulus, residue] for residue in range(modulus)]
-            assert min(counts) > max(counts) / 4, f"{kind} modulo {modulus}: {counts}"
+            assert min(counts) >= 10, f"{kind} modulo {modulus}: {counts}"
 
 
 def test_a_crash_is_reported(worker):

@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 
 @pytest.mark.parametrize(
-    ("operator", "budget"), [("slim_conv2d", 4000), ("slim_norm_conv2d", 2000)], ids=["slim_conv2d", "slim_norm_conv2d"]
+    ("operator", "budget"), [("slim_conv2d", 1500), ("slim_norm_conv2d", 800)], ids=["slim_conv2d", "slim_norm_conv2d"]
 )
 def test_operator(request, operator, budget):
     worker = Worker(check_triton, {"TRITON_INTERPRET": "1"})
