@@ -136,7 +136,7 @@ def called_layers(net: Network, width: float, divisor: int = 1) -> list[Layer]:
     calls: list[tuple[str, Layer]] = []
 
     def record(module, args, output):
-        x, residual, relu = (*args, None, False)[:3] if len(args) == 1 else args
+        (x,), joined = args, chains.get(names_of[module], "").split(" + ")
         op, names = _ARGUMENTS[type(module)]
         arguments = {name: getattr(module, name) for name in names}
         if op in ("slim_conv2d", "slim_linear"):
@@ -150,18 +150,19 @@ def called_layers(net: Network, width: float, divisor: int = 1) -> list[Layer]:
             tuple(x.shape),
             tuple(output.shape),
             x.requires_grad,
-            residual is not None,
-            relu,
+            "add" in joined,
+            "relu" in joined,
         )
         calls.append((names_of[module], layer))
 
     model = gk.convert(net.build("cpu"), divisor=divisor, recompute=True)
+    chains = gk.fused_chains(model)  # before there are hooks, with which layers run one by one
     names_of = {module: name for name, module in model.named_modules() if type(module) in _ARGUMENTS}
     for module in names_of:
         module.register_forward_hook(record)
     with gk.use_width(model, width), FakeTensorMode(allow_non_fake_inputs=True):
         model(torch.empty(net.batch, 3, net.size, net.size))
-    return [layer for _, layer in calls if layer.op != "max_pool2d"] + _pairs(calls, gk.fused_chains(model))
+    return [layer for _, layer in calls if layer.op != "max_pool2d"] + _pairs(calls, chains)
 
 
 def _pairs(calls: list[tuple[str, Layer]], chains: dict[str, str]) -> list[Layer]:

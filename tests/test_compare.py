@@ -57,10 +57,9 @@ def test_comparisons_of_the_package(name):
 
 
 def test_the_cost_of_a_step():
-    model = gk.convert(torch.nn.Sequential(torch.nn.Conv2d(2, 8, 3), torch.nn.Conv2d(8, 8, 3, groups=4)))
-    model.append(torch.nn.Flatten()).append(gk.SlimLinear(8 * 16, 5))
-    gk.set_width(model, 1.0)
     images = torch.zeros(3, 2, 8, 8)
+    layers = (torch.nn.Conv2d(2, 8, 3), torch.nn.Conv2d(8, 8, 3, groups=4), torch.nn.Flatten(), torch.nn.Linear(128, 5))
+    model = gk.convert(torch.nn.Sequential(*layers), example=images)
     assert multiply_adds(model, images) == 36 * 8 * 18 + 16 * 8 * 18 + 128 * 5
     gk.set_width(model, 0.5)
     assert multiply_adds(model, images) == 36 * 4 * 18 + 16 * 4 * 18 + 64 * 5

@@ -279,7 +279,8 @@ def test_bad_settings(options, message):
 def test_bad_images_and_models():
     with pytest.raises(ValueError, match="layers of adjustable width, got Linear without any"):
         gk.GradAug(plain := nn.Linear(2, 2), sgd(plain))
-    model = gk.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 6, 2)))
+    layers = (nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 6, 2))
+    model = gk.convert(nn.Sequential(*layers), example=(2, 3, 2, 3))
     step = gk.GradAug(model, sgd(model), resolutions=(2, 3))
     with pytest.raises(TypeError, match=r"images must be floating point \(normalised\), got torch.uint8"):
         step(torch.zeros(2, 3, 2, 3, dtype=torch.uint8), torch.tensor([0, 1]))
