@@ -206,10 +206,12 @@ def assert_close(name: str, found: Tensor, expected: Approx) -> None:
     assert found.shape == expected.value.shape, f"{name} must be {tuple(expected.value.shape)}, got {found.shape}"
     if found.numel() == 0:
         return
+    assert expected.value.isfinite().all()
     error = (found.double() - expected.value).abs()
-    wrong = ~(error <= expected.error) & ~(expected.error == torch.inf)
+    allowed = expected.error.nan_to_num(torch.inf, torch.inf)  # of an infinite bound times 0, NaN is left
+    wrong = ~(error <= allowed) & (allowed < torch.inf)
     if wrong.any():
-        worst = (error / expected.error.clamp_min(1e-300)).nan_to_num(torch.inf, torch.inf).argmax()
+        worst = torch.where(wrong, (error / allowed.clamp_min(1e-300)).nan_to_num(torch.inf, torch.inf), 0).argmax()
         at = tuple(int(i) for i in torch.unravel_index(worst, found.shape)) if found.dim() else ()
         raise AssertionError(
             f"{name}{list(at)} must be {expected.value[at]:.6g} within {expected.error[at]:.1e}, got {found[at]:.6g}; "

@@ -32,8 +32,10 @@ class Approx:
         return self.value.abs() + self.error
 
     def stored(self, dtype: torch.dtype) -> "Approx":
+        """Beyond the largest number of the dtype anything may come, infinity above all."""
         info = torch.finfo(dtype)
-        return Approx(self.value, self.error + info.eps * self.size() + info.smallest_normal * info.eps)
+        error = self.error + info.eps * self.size() + info.smallest_normal * info.eps
+        return Approx(self.value, error.where(self.size() <= info.max, torch.inf))
 
     def __getitem__(self, index) -> "Approx":
         return Approx(self.value[index], self.error[index])
