@@ -11,6 +11,7 @@ import gradaug_kernels as gk
 
 from .. import data, models
 from ..data import ImageData
+from ..width import check_width
 from .config import Config
 from .transforms import named_transform
 
@@ -50,7 +51,7 @@ def private_widths(config: Config) -> tuple[float, ...]:
     gradaug = config.gradaug
     if not gradaug.private_statistics or gradaug.num_subnets == 0:
         return (1.0,)
-    return (*sorted({gradaug.min_width, *gradaug.widths} - {1.0}), 1.0)
+    return (*sorted({check_width(width) for width in (gradaug.min_width, *gradaug.widths)} - {1.0}), 1.0)
 
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:

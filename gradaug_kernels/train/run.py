@@ -15,6 +15,7 @@ import gradaug_kernels as gk
 
 from .._options import printable
 from ..data.image_tensors import mix_seed
+from ..width import check_width
 from .augment import BatchAugmentation
 from .average import WeightAverage, add_gradient_noise
 from .build import build_network, build_optimizer, build_step, load_images, private_widths
@@ -219,7 +220,7 @@ def _evaluate_widths(model, images, test_loader, config, at_loader, full_top1, a
 
     The full network, and widths with private statistics, keep those of their training.
     """
-    narrow = sorted(width for width in set(config.evaluate.widths) if width != 1)
+    narrow = sorted({check_width(width) for width in config.evaluate.widths} - {1.0})
     without = [width for width in narrow if width not in private_widths(config)]
     widths = {}
     if without:
