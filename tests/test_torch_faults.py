@@ -68,7 +68,29 @@ def test_torch_trusts_the_stride_of_one_image():
     assert not torch.allclose(found, exact), f"mended in PyTorch {torch.__version__}"
 
 
+def kernel_of_one_row():
+    """x, weight of float32, a kernel of one row with another stride there than channels_last gives it; exact y."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 16, 1, 2, generator=generator).contiguous(memory_format=NHWC)
+    values = torch.randn(16, 8, 1, 2, generator=generator)
+    weight = torch.empty(256).as_strided(values.shape, (16, 1, 8, 8)).copy_(values)
+    return x, weight, torch.nn.functional.conv2d(x.double(), values.double(), groups=2)
+
+
+def test_torch_trusts_the_stride_of_a_kernel_of_one_row():
+    x, weight, exact = kernel_of_one_row()
+    found = torch.nn.functional.conv2d(x, weight, groups=2)
+    assert not torch.allclose(found.double(), exact, atol=0.1), f"mended in PyTorch {torch.__version__}"
+
+
 # ---- our operators
+
+
+def test_a_kernel_of_one_row():
+    x, weight, exact = kernel_of_one_row()
+    arguments = (x, weight, None, 16, [1, 1], [0, 0], [1, 1], 2)
+    for convolve in (torch.ops.gradaug.slim_conv2d, slim_conv2d_reference):
+        torch.testing.assert_close(convolve(*arguments).double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def narrow_weight_gradient():

@@ -80,18 +80,23 @@ GroupedWeight grouped(const Tensor& weight) {
 
 // ---- PyTorch's own convolutions, on views
 
-// x as PyTorch's convolutions take it without fault. tests/test_torch_faults.py fails as soon as those of
-// PyTorch 2.14.1 are mended, and this can go:
+// What is passed to PyTorch's convolutions, so that they take it without fault. tests/test_torch_faults.py fails as
+// soon as those of PyTorch 2.14.1 are mended, and this can go:
 // - oneDNN's kernels on images narrower than the stride. Forward ends the process where columns of outputs see nothing
 //   but padding (bfloat16, and float32 with a bias); weight gradients of bfloat16 keep uninitialised memory (20 of 20
 //   calls on 175 x 1 pixels). oneDNN has no float64, and so few pixels cost nothing in it.
-// - Weight gradients in groups, without oneDNN, trust the stride of a dimension of one element, as that of the batch
-//   that one image was taken from.
+// - Convolutions in groups trust the stride of a dimension of one element, which may be anything: weight gradients that
+//   of the batch that one image was taken from, forward those of a kernel of one row or column (errors of 8).
+
+// t [A, B, H, W] with the strides of dimensions of one element that its layout would give them.
+Tensor with_usual_strides(const Tensor& t) {
+  const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
+  if (t.is_contiguous(at::MemoryFormat::ChannelsLast)) return t.as_strided(t.sizes(), {h * w * c, 1, w * c, c});
+  return t.is_contiguous() ? t.as_strided(t.sizes(), {c * h * w, h * w, w, 1}) : t;
+}
+
 Tensor for_torch(const Tensor& x, const Geometry& g) {
-  if (x.size(3) < g.stride[1]) return x.to(at::kDouble);
-  const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
-  if (x.is_contiguous(at::MemoryFormat::ChannelsLast)) return x.as_strided(x.sizes(), {h * w * c, 1, w * c, c});
-  return x.is_contiguous() ? x.as_strided(x.sizes(), {c * h * w, h * w, w, 1}) : x;
+  return x.size(3) < g.stride[1] ? x.to(at::kDouble) : with_usual_strides(x);
 }
 
 // A parameter in the dtype of x.
@@ -136,7 +141,7 @@ Tensor slim_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Te
   const Kernels* kernels = kernels_for(x, adjacent, geometry);
   if (!kernels) {
     const Tensor input = for_torch(x, geometry);
-    const Tensor w = like(input, slice(weight, out_channels, x.size(1), groups));
+    const Tensor w = with_usual_strides(like(input, slice(weight, out_channels, x.size(1), groups)));
     const auto bias_of_x = b ? std::optional<Tensor>(like(input, *b)) : std::nullopt;
     return like(x, at::conv2d(input, w, bias_of_x, stride, padding, dilation, groups)).contiguous(format);
   }
@@ -170,9 +175,10 @@ Tensor slim_conv2d_input_grad(const Tensor& dy, const Tensor& weight, IntArrayRe
   }
   const Kernels* kernels = kernels_for(dy, channels_adjacent(dx), geometry);
   if (!kernels) {
-    const Tensor w_slice = like(dy, slice(weight, dy.size(1), input_size[1], groups));
+    const Tensor w_slice = with_usual_strides(like(dy, slice(weight, dy.size(1), input_size[1], groups)));
+    const Tensor output = with_usual_strides(dy);
     // Of x only the shape and the memory format matter, which dx has.
-    return std::get<0>(torch_gradients(dy, dx, w_slice, geometry, {true, false})).contiguous(format);
+    return std::get<0>(torch_gradients(output, dx, w_slice, geometry, {true, false})).contiguous(format);
   }
   const Tensor output = nhwc(dy);
   const Weight view{weight.const_data_ptr(), *dtype_of(weight), weight.stride(2),
@@ -207,7 +213,7 @@ void slim_conv2d_weight_grad_(const Tensor& dy, const Tensor& x, Tensor& dweight
     const Tensor input = for_torch(x, geometry);
     // Of w only the shape and the memory format matter.
     const Tensor w = at::empty(target.sizes(), input.options().memory_format(memory_format(x, dy)));
-    target.add_(std::get<1>(torch_gradients(like(input, dy), input, w, geometry, {false, true})));
+    target.add_(std::get<1>(torch_gradients(with_usual_strides(like(input, dy)), input, w, geometry, {false, true})));
     return;
   }
   const Tensor input = nhwc(x), output = nhwc(dy);

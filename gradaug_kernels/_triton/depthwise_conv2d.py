@@ -269,7 +269,13 @@ def depthwise_conv2d_triton(x, weight, bias, out_channels, stride, padding, dila
             launch(
                 depthwise_conv2d_fwd_kernel,
                 (_tiles(n * oh * ow, c, blocks),),
-                **{"x": a, "w": weight, "bias": weight if bias is None else bias, "y": y, "M": n * oh * ow},
+                **{
+                    "x": a,
+                    "w": weight,
+                    "bias": weight if bias is None else bias.contiguous(),
+                    "y": y,
+                    "M": n * oh * ow,
+                },
                 **{"C": c // vec, "H": h, "W": w, "OH": oh, "OW": ow, "KH": kh, "KW": kw},
                 **strides(a, vec, "xn", "xh", "xw"),
                 **_filters(weight),

@@ -508,7 +508,7 @@ def forward(x, weight, bias, out_channels, stride, padding, dilation, groups, no
             launch(
                 slim_conv2d_fwd_kernel,
                 (tiles_m * triton.cdiv(o, blocks["BLOCK_N"]), groups),
-                **{"x": a, "w": b, "bias": b if bias is None else bias, "y": y, "M": n * oh * ow},
+                **{"x": a, "w": b, "bias": b if bias is None else bias.contiguous(), "y": y, "M": n * oh * ow},
                 **{"coefficients": norm.coefficients if norm else b, "moments": y if moments is None else moments},
                 **{"C": c // vec, "O": o // vec, "H": h, "W": w, "OH": oh, "OW": ow, "KH": kh, "KW": kw},
                 **strides(a, vec, "xn", "xh", "xw"),

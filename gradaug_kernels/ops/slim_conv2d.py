@@ -150,10 +150,15 @@ def _for_torch(x: Tensor, stride) -> Tensor:
     return x
 
 
+def _weight_for_torch(w: Tensor, groups: int) -> Tensor:
+    on_cpu_in_groups = w.device.type == "cpu" and groups > 1
+    return w.clone(memory_format=torch.contiguous_format) if on_cpu_in_groups and 1 in w.shape[2:] else w
+
+
 def slim_conv2d_composition(x, weight, bias, out_channels, stride, padding, dilation, groups):
     image = _for_torch(x, stride)
     bias = None if bias is None else bias[:out_channels].to(image.dtype)
-    w = _slice(weight, out_channels, x.shape[1], groups).to(image.dtype)
+    w = _weight_for_torch(_slice(weight, out_channels, x.shape[1], groups).to(image.dtype), groups)
     return torch.nn.functional.conv2d(image, w, bias, stride, padding, dilation, groups).to(x.dtype)
 
 
@@ -180,7 +185,7 @@ _slim_conv2d = define(
 
 
 def slim_conv2d_input_grad_composition(dy, weight, input_size, stride, padding, dilation, groups):
-    w = _slice(weight, dy.shape[1], input_size[1], groups).to(dy.dtype)
+    w = _weight_for_torch(_slice(weight, dy.shape[1], input_size[1], groups).to(dy.dtype), groups)
     if dy.numel() > 0:
         return torch.nn.grad.conv2d_input(input_size, w, dy, stride, padding, dilation, groups)
     return dy.new_zeros(input_size)
