@@ -409,7 +409,7 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
         """The contract of the input's shape; raises what the class says."""
         if len(shape) != 4:
             raise ValueError(f"input must be [N, C, H, W], got shape {tuple(shape)}")
-        if self.eps <= 0:
+        if not self.eps > 0:
             raise ValueError(f"eps must be positive, got {self.eps}")
         channels, width = shape[1], self._slim_width
         if channels > self.num_features or (width == 1.0 and channels != self.num_features):

@@ -65,7 +65,7 @@ def check_slim_batch_norm(x, weight, bias, mean, var, residual, relu, eps, names
             f"residual must have the shape and dtype of x, {tuple(x.shape)} {x.dtype}, "
             f"got {tuple(residual.shape)} {residual.dtype}"
         )
-    if eps < 0:
+    if not eps >= 0:
         raise ValueError(f"eps must be at least 0, got {eps}")
 
 
