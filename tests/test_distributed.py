@@ -47,19 +47,22 @@ class Spare(nn.Sequential):
 
     def __init__(self, *layers):
         super().__init__(*layers)
-        self.spare, self.second, self.calls = nn.Linear(4, 4), nn.Linear(4, 4), 0
+        self.spare, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.calls, self.alternates = 0, False
 
     def forward(self, x):
         for layer in list(self)[:-2]:
             x = layer(x)
         self.calls += 1
-        return self.second(x) if self.calls % 6 == 1 else x
+        return self.second(x) if not self.alternates or self.calls % 6 == 1 else x
 
 
 def deep_model():
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 6, 3), nn.ReLU(), ResidualStage(Block(), Block(), Block()), nn.AdaptiveAvgPool2d(1)]
-    return gk.convert(Spare(*layers, nn.Flatten(), nn.Linear(6, 4))).double()
+    model = gk.convert(Spare(*layers, nn.Flatten(), nn.Linear(6, 4)), keep="5").double()
+    model.calls, model.alternates = 0, True
+    return model
 
 
 def train(network, parameters, images, targets, **options):
