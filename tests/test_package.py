@@ -83,10 +83,11 @@ def copy_libraries(folder, sources):
 
 @pytest.fixture
 def clone(tmp_path):
-    """A clone in which nothing was built."""
+    """A clone in which nothing was built, and whose sources no installed package was built from."""
     folder = tmp_path / "clone"
     copy_package(folder)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
+    (folder / "csrc" / "changed.h").touch()
     return folder
 
 
