@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gradaug_kernels.train.memory import keep_freed_blocks
+from gradaug_kernels.recipes.memory import keep_freed_blocks
 
 from .cases import DTYPES, Network
 from .gate import Gate, check, speedups

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gradaug_kernels.train.memory import keep_freed_blocks
+from gradaug_kernels.recipes.memory import keep_freed_blocks
 
 from .cases import DTYPES, distinct_layers, network
 from .layers import BENCHES, gate_layer, make_layer_run

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gradaug_kernels.train.memory import keep_freed_blocks
+from gradaug_kernels.recipes.memory import keep_freed_blocks
 
 from . import (
     bench_slim_batch_norm,

@@ -4,7 +4,7 @@ import math
 
 from torch import nn
 
-from gradaug_kernels.chain import run_chain
+from gradaug_kernels.slim.fused_chain import run_chain
 
 from . import bench_slim_batch_norm, bench_slim_conv2d
 from .cases import Layer

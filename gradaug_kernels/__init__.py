@@ -5,13 +5,11 @@
 >>> losses = step(images, targets)
 """
 
-from . import _cuda_paths as _cuda_paths  # registers the kernels for CUDA tensors
-from .accumulate import AccumulateIntoGrad
-from .convert import convert
-from .divergence import alpha_divergence, kl_divergence
-from .fuse import fuse, fused_chains
-from .gradaug import GradAug, StepLosses, SubnetDraw
-from .nn import FastSlimConv2d, SlimBatchNorm2d, SlimLinear
+from . import _gpu as _gpu  # registers the kernels for CUDA tensors
+from .gradaug.accumulate import AccumulateIntoGrad
+from .gradaug.divergence import alpha_divergence, kl_divergence
+from .gradaug.sampler import RandomChannels, RandomDepth, RandomLayerWidth, RandomWidth, Sampler
+from .gradaug.step import GradAug, StepLosses, SubnetDraw
 from .ops import (
     slim_batch_norm,
     slim_conv2d,
@@ -21,11 +19,13 @@ from .ops import (
     slim_norm_conv2d,
     slim_norm_max_pool2d,
 )
-from .sampler import RandomChannels, RandomDepth, RandomLayerWidth, RandomWidth, Sampler
-from .state import plain_state_dict
-from .subnet import calibrate
-from .summary import LayerSummary, Summary, summary
-from .width import round_channels, set_width, use_width
+from .slim.calibrate import calibrate
+from .slim.convert import convert
+from .slim.fuse import fuse, fused_chains
+from .slim.layers import FastSlimConv2d, SlimBatchNorm2d, SlimLinear
+from .slim.state_dict import plain_state_dict
+from .slim.summary import LayerSummary, Summary, summary
+from .slim.width import round_channels, set_width, use_width
 
 __version__ = "0.1.0"
 

@@ -6,7 +6,7 @@ the most frequent operators. A C++ kernel takes over its device when the native 
 (csrc/*/<op>, last lines); `use_kernel` does the same for a Python (Triton) launcher.
 
 On CUDA several kernels can serve a convolution, and a dispatch key has room for one: a second registration would win
-silently. So the rule in _cuda_paths.py owns the key, and the C++ kernel waits under a name of its own,
+silently. So the rule in _gpu/paths.py owns the key, and the C++ kernel waits under a name of its own,
 gradaug::<operator>_cuda_cpp, where `cuda_cpp_kernel` finds it. GRADAUG_CUDA says which kernel the rule prefers.
 """
 
@@ -332,7 +332,7 @@ def use_kernel(op: torch._ops.OpOverload, kernel: Callable, device: str, backend
 def cuda_choice() -> str:
     """GRADAUG_CUDA: which kernels serve CUDA tensors, "auto" if it is not set. Read once.
 
-    auto: for each shape the best of all, by table or by rule (_cuda_paths.py). triton, cpp, cudnn: that one for every
+    auto: for each shape the best of all, by table or by rule (_gpu/paths.py). triton, cpp, cudnn: that one for every
     convolution that it can do. reference: no kernel of ours at all.
 
     Raises:

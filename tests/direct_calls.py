@@ -196,12 +196,12 @@ def outcome(call, arguments: dict) -> str:
 
 def cuda_rules() -> dict[str, object]:
     """name -> what serves the operator on CUDA, but for the kernels, which trust what they are given."""
-    from gradaug_kernels import _cuda_paths
+    from gradaug_kernels._gpu import paths as gpu_paths
 
-    _cuda_paths._serve = lambda geometry, device: lambda *arguments: None
-    _cuda_paths._fuses = lambda geometry, device: False
-    _cuda_paths._fused = lambda: SimpleNamespace(slim_channel_statistics_triton=lambda x: None)
-    rules = _cuda_paths._CONVOLUTIONS | _cuda_paths._LINEARS | _cuda_paths._NORMED_CONVOLUTIONS
+    gpu_paths._serve = lambda geometry, device: lambda *arguments: None
+    gpu_paths._fuses = lambda geometry, device: False
+    gpu_paths._fused = lambda: SimpleNamespace(slim_channel_statistics_triton=lambda x: None)
+    rules = gpu_paths._CONVOLUTIONS | gpu_paths._LINEARS | gpu_paths._NORMED_CONVOLUTIONS
     return {op._schema.name.removeprefix("gradaug::"): rule for op, rule in rules.items()}
 
 

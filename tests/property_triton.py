@@ -52,7 +52,7 @@ def _buffer(call) -> torch.Tensor:
 
 
 def _conv2d(call) -> dict[str, torch.Tensor]:
-    from gradaug_kernels._cuda_paths import DIRECTIONS, paths_built
+    from gradaug_kernels._gpu.paths import DIRECTIONS, paths_built
 
     case, (x, weight, bias) = call.case, (call.tensors[n] for n in ("x", "weight", "bias"))
     depthwise = case.groups == case.shape[1] == case.out and case.groups > 1
@@ -66,7 +66,7 @@ def _conv2d(call) -> dict[str, torch.Tensor]:
 
 
 def _norm_conv2d(call) -> dict[str, torch.Tensor]:
-    from gradaug_kernels._triton import slim_norm_conv2d as kernels
+    from gradaug_kernels._gpu.triton import slim_norm_conv2d as kernels
 
     case, norm, t = call.case, call.case.before, call.tensors
     given = (t["mean"], t["var"], t["gamma"], t["beta"])

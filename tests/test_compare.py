@@ -9,14 +9,15 @@ from PIL import Image
 
 import gradaug_kernels as gk
 from gradaug_kernels import data
+from gradaug_kernels.cli.main import main
+from gradaug_kernels.compare import run as compare
+from gradaug_kernels.compare.cost import multiply_adds, step_cost
+from gradaug_kernels.compare.report import summarise
+from gradaug_kernels.compare.run import FILES, ROBUSTNESS_FILES, comparison_names, load_comparison, plan
 from gradaug_kernels.evaluate import checkpoint, measure
-from gradaug_kernels.train import compare, load_config, run
-from gradaug_kernels.train.build import build_network
-from gradaug_kernels.train.cli import main
-from gradaug_kernels.train.compare import FILES, ROBUSTNESS_FILES, comparison_names, load_comparison, plan
-from gradaug_kernels.train.compare_report import summarise
-from gradaug_kernels.train.config import from_tables
-from gradaug_kernels.train.cost import multiply_adds, step_cost
+from gradaug_kernels.recipes.build import build_network
+from gradaug_kernels.recipes.config import from_tables
+from gradaug_kernels.train import load_config, run
 
 COMPARISON = """
 [compare]

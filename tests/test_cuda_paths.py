@@ -12,13 +12,15 @@ from accuracy import assert_as_accurate
 from cases import conv_cases, linear_cases
 from report import report
 
-from gradaug_kernels import _cuda_paths, _gemm, tune
-from gradaug_kernels._cuda_paths import DIRECTIONS, Geometry, bucket, candidates, path_for, paths_built
+from gradaug_kernels._gpu import gemm
+from gradaug_kernels._gpu import paths as gpu_paths
+from gradaug_kernels._gpu.paths import DIRECTIONS, Geometry, bucket, candidates, path_for, paths_built
+from gradaug_kernels.cli import tune
 from gradaug_kernels.ops import slim_conv2d as _  # noqa: F401
 
 PAIR = (1, 1)
 SLICE_3X3 = Geometry("forward", torch.bfloat16, 8, 60, 14, 14, 60, 64, 64, 3, 3, PAIR, PAIR, PAIR, 1)
-needs_triton = pytest.mark.skipif(not _cuda_paths.has_triton(), reason="triton is not installed")
+needs_triton = pytest.mark.skipif(not gpu_paths.has_triton(), reason="triton is not installed")
 
 
 # ---- the rule
@@ -127,11 +129,11 @@ def test_tune_writes_the_table_that_auto_reads(tmp_path, monkeypatch):
     assert table[bucket(SLICE_3X3)] == "cudnn"
 
     (tmp_path / "some-card.json").write_text(json.dumps({"paths": table}))
-    monkeypatch.setattr(_cuda_paths, "TUNING", tmp_path)
-    monkeypatch.setattr(_cuda_paths, "card_name", lambda device: "some-card")
-    assert _cuda_paths.table_of.__wrapped__(device) == table
-    monkeypatch.setattr(_cuda_paths, "card_name", lambda device: "another-card")
-    assert _cuda_paths.table_of.__wrapped__(device) == {}
+    monkeypatch.setattr(gpu_paths, "TUNING", tmp_path)
+    monkeypatch.setattr(gpu_paths, "card_name", lambda device: "some-card")
+    assert gpu_paths.table_of.__wrapped__(device) == table
+    monkeypatch.setattr(gpu_paths, "card_name", lambda device: "another-card")
+    assert gpu_paths.table_of.__wrapped__(device) == {}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -177,7 +179,7 @@ def test_one_variable_chooses():
     paths = served["without triton"]["slim_conv2d"].split("+")
     assert {"gemm", "cudnn"} <= set(paths)
     assert not {"triton", "depthwise"} & set(paths)
-    if _cuda_paths.has_triton():
+    if gpu_paths.has_triton():
         assert json.loads(said["triton"])["slim_conv2d"] == "triton"
     assert said["triton without triton"].startswith("ImportError: GRADAUG_CUDA=triton needs the package triton")
     assert said["fastest"].endswith("must be one of auto, triton, cpp, cudnn, reference, got 'fastest'")
@@ -186,12 +188,12 @@ def test_one_variable_chooses():
 @pytest.mark.parametrize("name", ["1x1", "2 groups", "3x3 of the full width"])
 def test_registered_kernels_pass_their_arguments_on(monkeypatch, name):
     """What the CUDA key calls, called on CPU tensors, whose paths here (gemm, cudnn) run there too."""
-    monkeypatch.setattr(_cuda_paths, "table_of", lambda device: {})
+    monkeypatch.setattr(gpu_paths, "table_of", lambda device: {})
     case = next(case for case in conv_cases() if case.name == name)
     x, weight, bias = case.tensors(torch.float64)
     ops = torch.ops.gradaug
     y = ops.slim_conv2d(x, weight, bias, case.out_channels, *case.geometry)
-    forward, input_grad, weight_grad = _cuda_paths._CONVOLUTIONS.values()
+    forward, input_grad, weight_grad = gpu_paths._CONVOLUTIONS.values()
     torch.testing.assert_close(forward(x, weight, bias, case.out_channels, *case.geometry), y)
     dx = ops.slim_conv2d_input_grad(y, weight, x.shape, *case.geometry)
     torch.testing.assert_close(input_grad(y, weight, x.shape, *case.geometry), dx)
@@ -208,11 +210,11 @@ NORMED_CONVOLUTIONS = ("slim_channel_statistics", "slim_conv2d_statistics", "sli
 @pytest.mark.parametrize("name", ["1x1", "2 groups", "3x3 of the full width"])
 def test_norms_are_composed_on_paths_without_them(monkeypatch, name):
     """What the CUDA key calls, on CPU tensors in float64, whose paths are gemm and cudnn."""
-    monkeypatch.setattr(_cuda_paths, "table_of", lambda device: {})
+    monkeypatch.setattr(gpu_paths, "table_of", lambda device: {})
     case = next(case for case in conv_cases() if case.name == name)
     x, weight, bias = case.tensors(torch.float64)
     gamma, beta = torch.randn(2, x.shape[1] + 3, dtype=torch.float64)
-    kernels = {op._schema.name.removeprefix("gradaug::"): k for op, k in _cuda_paths._NORMED_CONVOLUTIONS.items()}
+    kernels = {op._schema.name.removeprefix("gradaug::"): k for op, k in gpu_paths._NORMED_CONVOLUTIONS.items()}
     ops, conv = torch.ops.gradaug, (weight, bias, case.out_channels, *case.geometry)
     norm = (None, None, gamma, beta, False, True, 1e-5)
     for op, arguments in zip(NORMED_CONVOLUTIONS, ((x,), (x, *conv), (x, *norm, *conv, True)), strict=True):
@@ -234,7 +236,7 @@ def test_norms_are_composed_on_paths_without_them(monkeypatch, name):
 )
 def test_norms_are_fused_where_triton_serves(monkeypatch, input_grad, weight_grad, made):
     """Each direction of SLICE_3X3 takes the kernel of its path; the norm's output is made only for the others."""
-    kernels = _cuda_paths._fused()
+    kernels = gpu_paths._fused()
     called = []
 
     def record(module, name, result=None):
@@ -261,14 +263,12 @@ def test_norms_are_fused_where_triton_serves(monkeypatch, input_grad, weight_gra
     record(kernels, "weight_grad")
     record(kernels, "input_grad", lambda dy, weight, size, *a, **k: dy.new_empty(size))
     table = {"input_grad": input_grad, "weight_grad": weight_grad}
-    monkeypatch.setattr(_cuda_paths, "_path", lambda geometry, device: table[geometry.direction])
-    monkeypatch.setattr(
-        _cuda_paths, "slim_norm_conv2d_backward__reference", lambda *a: called.append("slim_batch_norm")
-    )
+    monkeypatch.setattr(gpu_paths, "_path", lambda geometry, device: table[geometry.direction])
+    monkeypatch.setattr(gpu_paths, "slim_norm_conv2d_backward__reference", lambda *a: called.append("slim_batch_norm"))
     half = {"dtype": torch.bfloat16}
     x, weight, dy = (torch.empty(*shape, **half) for shape in ((8, 60, 14, 14), (64, 64, 3, 3), (8, 60, 14, 14)))
     norm = (torch.empty(60), torch.empty(60), None, None, True, True, 1e-5)
-    _cuda_paths._slim_norm_conv2d_backward_(
+    gpu_paths._slim_norm_conv2d_backward_(
         dy, x, *norm, weight, torch.empty_like(weight), [1, 1], [1, 1], [1, 1], 1, True, True
     )
     assert called.count("slim_batch_norm") == made
@@ -283,10 +283,10 @@ def test_norms_are_fused_where_triton_serves(monkeypatch, input_grad, weight_gra
     ("dtype", "precision", "fused"), [("bfloat16", "ieee", True), ("float32", "tf32", True), ("float32", "ieee", False)]
 )
 def test_exact_float32_is_not_fused(monkeypatch, dtype, precision, fused):
-    monkeypatch.setattr(_cuda_paths, "_path", lambda geometry, device: "triton")
-    monkeypatch.setattr(_cuda_paths, "_tf32", lambda setting: precision == "tf32")
+    monkeypatch.setattr(gpu_paths, "_path", lambda geometry, device: "triton")
+    monkeypatch.setattr(gpu_paths, "_tf32", lambda setting: precision == "tf32")
     geometry = SLICE_3X3._replace(dtype=getattr(torch, dtype))
-    assert _cuda_paths._fuses(geometry, torch.device("cuda")) == fused
+    assert gpu_paths._fuses(geometry, torch.device("cuda")) == fused
 
 
 # ---- the paths through ATen
@@ -309,7 +309,7 @@ def test_convolution_through_aten(path, case):
     y = kernels[0](x, weight, bias, case.out_channels, *case.geometry)
     torchs = torch.nn.functional.conv2d(x, w, b, *case.geometry)
     assert_as_accurate(y, torchs, exact)
-    assert y.is_contiguous(memory_format=_gemm._memory_format(x, weight))
+    assert y.is_contiguous(memory_format=gemm._memory_format(x, weight))
 
     dy = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
     dx = kernels[1](dy, weight, x.shape, *case.geometry)
@@ -336,15 +336,15 @@ def test_linear_through_aten(case):
     x, weight, bias = case.tensors(torch.float32)
     w = case.slice(weight)
     b = None if bias is None else bias[: case.out_features]
-    y = _gemm.slim_linear_gemm(x, weight, bias, case.out_features)
+    y = gemm.slim_linear_gemm(x, weight, bias, case.out_features)
     exact = torch.nn.functional.linear(x.double(), w.double(), None if b is None else b.double())
     assert_as_accurate(y, torch.nn.functional.linear(x, w, b), exact)
     dy = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
-    dx = _gemm.slim_linear_input_grad_gemm(dy, weight, case.features)
+    dx = gemm.slim_linear_input_grad_gemm(dy, weight, case.features)
     assert_as_accurate(dx, dy @ w, dy.double() @ w.double())
     dweight = torch.full_like(weight, torch.nan)
     case.slice(dweight).zero_()
-    _gemm.slim_linear_weight_grad__gemm(dy, x, dweight)
+    gemm.slim_linear_weight_grad__gemm(dy, x, dweight)
     rows, columns = dy.reshape(-1, dy.shape[-1]).T, x.reshape(-1, x.shape[-1])
     assert_as_accurate(case.slice(dweight), rows @ columns, rows.double() @ columns.double())
 
@@ -352,7 +352,7 @@ def test_linear_through_aten(case):
 def test_gemm_reads_rows_in_place():
     wide = torch.randn(2, 5, 6, 16).permute(0, 3, 1, 2)  # [2, 16, 5, 6], NHWC
     for x in (wide, wide[:, :9], wide[:1, 3:]):
-        rows = _gemm._rows(x)
+        rows = gemm._rows(x)
         assert rows.data_ptr() == x.data_ptr()
         assert rows.stride() == (16, 1)
         torch.testing.assert_close(rows, x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]), rtol=0, atol=0)
@@ -368,6 +368,6 @@ def test_product_is_added_in_the_wider_dtype(monkeypatch, target_dtype):
     buffer = torch.randn(9, 8).to(target_dtype)
     expected = buffer.double()
     expected[:7, :5] += a.double() @ b.double()
-    _gemm.add_product_(buffer[:7, :5], a, b)
+    gemm.add_product_(buffer[:7, :5], a, b)
     eps = torch.finfo(torch.float32 if target_dtype == torch.float32 else torch.bfloat16).eps
     assert (buffer.double() - expected).abs().max() <= 8 * eps * expected.abs().max()

@@ -8,7 +8,7 @@ import torch
 from accuracy import assert_as_accurate
 from cases import conv_cases
 
-from gradaug_kernels._cuda_paths import DIRECTIONS, Geometry, candidates, paths_built
+from gradaug_kernels._gpu.paths import DIRECTIONS, Geometry, candidates, paths_built
 from gradaug_kernels.ops import slim_conv2d
 
 if not torch.cuda.is_available():

@@ -9,10 +9,10 @@ from PIL import Image
 
 import gradaug_kernels as gk
 from gradaug_kernels import data
+from gradaug_kernels.cli.main import main
 from gradaug_kernels.evaluate import expected_calibration_error, measure
 from gradaug_kernels.evaluate.checkpoint import FILES
 from gradaug_kernels.evaluate.corruptions import COMMON, EXTRA
-from gradaug_kernels.train.cli import main
 
 SETTINGS = (
     *("model.depth=8", "model.base_width=4", "train.batch_size=50", "evaluate.widths=[0.5, 1.0]"),

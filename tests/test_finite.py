@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradaug_kernels as gk
-from gradaug_kernels.finite import any_non_finite
+from gradaug_kernels.gradaug.finite import any_non_finite
 
 NAN, INF = float("nan"), float("inf")
 

@@ -91,8 +91,8 @@ class Target:
 
 def geometries():
     """What is compiled: every sliced layer of the networks in bfloat16, and layers of each kind in the other dtypes."""
-    from gradaug_kernels._cuda_paths import DIRECTIONS, Geometry, path_for
-    from gradaug_kernels.tune import NETWORKS, layers
+    from gradaug_kernels._gpu.paths import DIRECTIONS, Geometry, path_for
+    from gradaug_kernels.cli.tune import NETWORKS, layers
 
     for geometry in layers(NETWORKS, (0.93, 0.8), 64, [torch.bfloat16]):
         if path_for(geometry, "auto") in ("triton", "depthwise"):
@@ -123,7 +123,7 @@ def operands(geometry):
 
 def recorded(call) -> list[tuple]:
     """(kernel, arguments) of all that a call of the launchers launches."""
-    from gradaug_kernels._triton import depthwise_conv2d, slim_conv2d, slim_norm_conv2d
+    from gradaug_kernels._gpu.triton import depthwise_conv2d, slim_conv2d, slim_norm_conv2d
 
     found = []
     with pytest.MonkeyPatch.context() as patch:
@@ -135,15 +135,15 @@ def recorded(call) -> list[tuple]:
 
 def launches(geometry) -> list[tuple]:
     """What the launcher of a geometry launches."""
-    from gradaug_kernels.tune import call
+    from gradaug_kernels.cli.tune import call
 
     return recorded(call("depthwise" if geometry.depthwise else "triton", geometry, *operands(geometry)))
 
 
 def normed_launches(dtype: torch.dtype, c: int, n: int = 64) -> list[tuple]:
     """What a 3x3 convolution of c channels launches with a batch norm before it, after it, and on both sides."""
-    from gradaug_kernels._cuda_paths import Geometry
-    from gradaug_kernels._triton import slim_norm_conv2d as kernels
+    from gradaug_kernels._gpu.paths import Geometry
+    from gradaug_kernels._gpu.triton import slim_norm_conv2d as kernels
 
     pairs = ((1, 1), (1, 1), (1, 1))
     geometry = (*pairs, 1)
@@ -289,7 +289,7 @@ def test_figures_are_no_worse_than_the_table(rows):
 
 def compiled_kernels(widths: int) -> tuple[dict[str, int], dict[str, set]]:
     """Kernels in Triton's own caches after passes at many widths, and the distinct sets of declared constants."""
-    from gradaug_kernels._cuda_paths import DIRECTIONS, Geometry
+    from gradaug_kernels._gpu.paths import DIRECTIONS, Geometry
 
     declared: dict[str, set] = {}
     launched = {}

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 import gradaug_kernels as gk
-from gradaug_kernels.fuse import fused_chains
 from gradaug_kernels.models import CifarResNet, build_model
+from gradaug_kernels.slim.fuse import fused_chains
 
 
 def parameters(name, classes, **options):

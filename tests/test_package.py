@@ -173,7 +173,7 @@ def test_without_torchvision_the_package_and_its_own_networks_work(tmp_path):
     (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator nms does not exist')")
     program = """
 import sys
-from gradaug_kernels.train.cli import main
+from gradaug_kernels.cli import main
 assert main(["info"]) == 0
 assert main(["train", "quickstart", "--out", "out", "--epochs", "1", "--per-class", "2",
              "--set", "train.batch_size=20"]) == 0
@@ -188,7 +188,7 @@ assert main(["info", "--model", "torchvision/resnet18"]) == 2
 
 
 def test_version(capsys):
-    from gradaug_kernels.train.cli import main
+    from gradaug_kernels.cli.main import main
 
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
@@ -260,7 +260,7 @@ def test_the_sdist_has_all_sources_whatever_can_be_built_here(tmp_path):
         "pyproject.toml",
         "README.md",
         "LICENSE",
-        "gradaug_kernels/train/presets/quickstart.toml",
+        "gradaug_kernels/recipes/presets/quickstart.toml",
     } <= names
     assert not [name for name in names if name.endswith((".so", "_build.json", ".pyc")) or name.startswith("/")]
 

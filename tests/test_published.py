@@ -5,8 +5,8 @@ import torch
 
 import gradaug_kernels as gk
 from gradaug_kernels.data import ImageData, ImageTensors
+from gradaug_kernels.recipes.build import build_network, build_optimizer, build_step
 from gradaug_kernels.train import load_config
-from gradaug_kernels.train.build import build_network, build_optimizer, build_step
 
 
 @pytest.mark.parametrize(

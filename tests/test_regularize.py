@@ -10,14 +10,14 @@ from torch import nn
 from torchvision.ops import DropBlock2d, StochasticDepth
 
 import gradaug_kernels as gk
-from gradaug_kernels.channels import channel_classes
+from gradaug_kernels.cli.main import main
 from gradaug_kernels.models import CifarResNet, PyramidNet, WideResNet
 from gradaug_kernels.models.regularize import regularise
+from gradaug_kernels.recipes.config import RegularizeConfig
+from gradaug_kernels.slim.channel_classes import channel_classes
 from gradaug_kernels.train import run
 from gradaug_kernels.train.augment import BatchAugmentation
 from gradaug_kernels.train.average import WeightAverage, add_gradient_noise
-from gradaug_kernels.train.cli import main
-from gradaug_kernels.train.config import RegularizeConfig
 
 NETWORKS = {
     "cifar_resnet": lambda: CifarResNet(14, base_width=4),

@@ -29,11 +29,12 @@ from PIL import Image
 
 import gradaug_kernels as gk
 from gradaug_kernels import data
+from gradaug_kernels.cli import main as cli
+from gradaug_kernels.cli.main import main
 from gradaug_kernels.data import _idx, fashion_mnist, image_data, image_folder
 from gradaug_kernels.data._idx import idx_bytes, read_idx
-from gradaug_kernels.train import cli, load_config, run
-from gradaug_kernels.train.cli import main
-from gradaug_kernels.train.config import parse_setting, to_toml
+from gradaug_kernels.recipes.config import parse_setting, to_toml
+from gradaug_kernels.train import load_config, run
 from gradaug_kernels.train.folder import FILES, claim_folder, read_checkpoint, write_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -403,7 +404,7 @@ def test_kills_lose_nothing_but_the_unfinished_epoch(finished, preset, tmp_path)
 import os, signal, sys, time
 import torch
 from gradaug_kernels.train import run
-from gradaug_kernels.train.cli import main
+from gradaug_kernels.cli import main
 preset, out = sys.argv[1:]
 run.write_curves = lambda *arguments: None
 def attempt(*options, seconds=0.0):

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradaug_kernels as gk
-from gradaug_kernels import sampler as sampler_module
-from gradaug_kernels.channels import channel_classes
+from gradaug_kernels.gradaug import sampler as sampler_module
 from gradaug_kernels.models import CifarResNet, PyramidNet, WideResNet
+from gradaug_kernels.slim.channel_classes import channel_classes
 
 
 def generator(seed=0):

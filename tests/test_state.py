@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import gradaug_kernels as gk
-from gradaug_kernels.state import ChannelsLastWeight
+from gradaug_kernels.slim.state_dict import ChannelsLastWeight
 from gradaug_kernels.train.average import WeightAverage
 
 NHWC = torch.channels_last

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gradaug_kernels.train.transforms import NAMES, OnPixels, named_transform
+from gradaug_kernels.recipes.transforms import NAMES, OnPixels, named_transform
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 

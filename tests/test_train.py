@@ -13,12 +13,12 @@ from PIL import Image
 
 import gradaug_kernels as gk
 from gradaug_kernels import models
+from gradaug_kernels.cli.main import main
 from gradaug_kernels.data import fashion_mnist
 from gradaug_kernels.data._idx import idx_bytes
+from gradaug_kernels.recipes.build import build_network, build_optimizer, build_step
+from gradaug_kernels.recipes.config import parse_setting, to_toml
 from gradaug_kernels.train import load_config, preset_names, run
-from gradaug_kernels.train.build import build_network, build_optimizer, build_step
-from gradaug_kernels.train.cli import main
-from gradaug_kernels.train.config import parse_setting, to_toml
 from gradaug_kernels.train.folder import FILES, complete_file
 from gradaug_kernels.train.run import _schedule
 

@@ -27,7 +27,7 @@ def run_case(name: str, dtype: torch.dtype, buffer_dtype: torch.dtype | None) ->
 
     The weight gradient is added to zeros, or to other values in a buffer of `buffer_dtype`.
     """
-    from gradaug_kernels._cuda_paths import DIRECTIONS, paths_built
+    from gradaug_kernels._gpu.paths import DIRECTIONS, paths_built
     from gradaug_kernels.ops.slim_conv2d import _memory_format
 
     case = CASES[name]

@@ -27,7 +27,7 @@ TILES = ConvCase("several tiles", 3, (17, 19), (5, 70), (1, 1), padding=(0, 0))
 
 def run_case(name: str, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
     """Check one case in this process; output -> largest error of the kernels and of PyTorch in the same dtype."""
-    from gradaug_kernels._triton import slim_norm_conv2d as kernels
+    from gradaug_kernels._gpu.triton import slim_norm_conv2d as kernels
     from gradaug_kernels.ops.slim_conv2d import _memory_format
 
     if name == LARGE_MEAN:

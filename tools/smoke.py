@@ -14,7 +14,7 @@ import torchvision
 
 import gradaug_kernels as gk
 from gradaug_kernels import _library
-from gradaug_kernels.train.cli import main
+from gradaug_kernels.cli.main import main
 
 
 def losses_and_gradient(x, targets):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .._options import nearest
+from .._names import nearest
 from . import cifar, fashion_mnist, image_folder
 from .image_data import ImageData
 from .image_tensors import BatchLoader, ImageTensors

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-import gradaug_kernels as gk
-
 from ..data.image_tensors import mix_seed
-from ..train.build import build_network, load_images
-from ..train.config import Config, from_tables, to_tables
+from ..recipes.build import build_network, load_images
+from ..recipes.config import Config, from_tables, to_tables
+from ..recipes.device import find_device
+from ..slim.width import set_width, use_width
 from ..train.folder import claim_folder, complete_file, read_checkpoint, read_json, stored_config
-from ..train.run import find_device
 from ..train.state import load_weights
 from . import measure, report
 from .corruptions import CONSTANTS
@@ -95,7 +94,7 @@ def evaluate_checkpoint(
         load_weights(weights, model, checkpoint[weights])
     except ValueError as error:
         raise ValueError(f"{path} must hold the weights of its configuration: {error}") from None
-    with gk.use_width(model, min(config.evaluate.widths)):
+    with use_width(model, min(config.evaluate.widths)):
         pass  # a width that leaves a layer without channels is refused before anything is measured
     model.to(target, memory_format=torch.channels_last)
     loader = test.loader(config.evaluate.batch_size, device=target, workers=workers)
@@ -104,10 +103,10 @@ def evaluate_checkpoint(
         training = dataset.train.loader(
             config.train.batch_size, train=True, augment=False, seed=config.train.seed, device=target, workers=workers
         )
-        gk.calibrate(model, missing, training, config.evaluate.calibration_batches or None)
+        calibrate(model, missing, training, config.evaluate.calibration_batches or None)
 
     with claim_folder(out, FILES):
-        gk.set_width(model, 1.0)
+        set_width(model, 1.0)
         clean = measure.top1(model, loader)
         found: dict[str, Any] = {
             "checkpoint": str(path),

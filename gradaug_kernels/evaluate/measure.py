@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-import gradaug_kernels as gk
-from gradaug_kernels.width import check_width
-
+from ..slim.layers import SlimBatchNorm2d
+from ..slim.width import check_width, use_width
 from .attacks import OnPixels, fgsm, pgd
 from .calibration import CalibrationBin, expected_calibration_error
 from .corruptions import COMMON, EXTRA, SEVERITIES, corrupt
@@ -45,14 +44,14 @@ def accuracy_by_width(
 ) -> dict[str, float]:
     """{width: top-1}. calibrate: called with the widths that have no statistics yet."""
     widths = [check_width(width) for width in widths]
-    norms = [module for module in model.modules() if isinstance(module, gk.SlimBatchNorm2d)]
+    norms = [module for module in model.modules() if isinstance(module, SlimBatchNorm2d)]
     known = set.intersection(*({w for w in n.widths if n.is_calibrated(w)} for n in norms)) if norms else set(widths)
     missing = sorted({width for width in widths if width not in known})
     if missing:
         calibrate(missing)
     result = {}
     for width in sorted(set(widths)):
-        with gk.use_width(model, width):
+        with use_width(model, width):
             result[f"{width:g}"] = top1(model, test_loader)
     return result
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from .._options import nearest
+from .._names import nearest
 from .._torchvision import torchvision_module
 from . import cifar_resnet, pyramidnet, wide_resnet
 from .cifar_resnet import CifarResNet

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._torchvision import torchvision_module
-from .config import RegularizeConfig
+from ..recipes.config import RegularizeConfig
 
 
 class BatchAugmentation:

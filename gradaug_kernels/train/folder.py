@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .config import Config, difference, from_tables, load_config, to_tables, to_toml
+from ..recipes.config import Config, difference, from_tables, load_config, to_tables, to_toml
 from .state import check_content
 
 CHECKPOINT = "checkpoint.pt"

@@ -4,7 +4,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from .._options import printable
+from .._names import printable
 from .folder import complete_file
 
 Row = dict[str, int | float]  # one epoch's figures by column name, the same columns in every row

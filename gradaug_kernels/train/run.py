@@ -13,13 +13,15 @@ from tqdm import tqdm
 
 import gradaug_kernels as gk
 
-from .._options import printable
+from .._names import printable
 from ..data.image_tensors import mix_seed
-from ..width import check_width
+from ..recipes.build import build_network, build_optimizer, build_step, load_images, private_widths
+from ..recipes.config import Config, to_tables
+from ..recipes.device import find_device
+from ..slim.calibrate import calibrate
+from ..slim.width import check_width, use_width
 from .augment import BatchAugmentation
 from .average import WeightAverage, add_gradient_noise
-from .build import build_network, build_optimizer, build_step, load_images, private_widths
-from .config import Config, to_tables
 from .folder import CHECKPOINT, FILES, claim_folder, complete_file, open_folder, write_checkpoint
 from .report import closing_table, columns, epoch_line, write_curves, write_metrics
 from .state import load_progress, load_weights
@@ -53,7 +55,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, overwrite: b
     # Network
     torch.manual_seed(seed)
     model = build_network(config, len(images.classes), images.channels)
-    with gk.use_width(model, min(config.gradaug.min_width, *config.evaluate.widths)):
+    with use_width(model, min(config.gradaug.min_width, *config.evaluate.widths)):
         pass  # a width that leaves a layer without channels is refused before anything is written
     model.to(device, memory_format=torch.channels_last if config.train.channels_last else torch.contiguous_format)
     optimizer = build_optimizer(config, model)
@@ -227,9 +229,9 @@ def _evaluate_widths(model, images, test_loader, config, at_loader, full_top1, a
         loader = images.train.loader(
             config.train.batch_size, train=True, augment=False, seed=config.train.seed, **at_loader
         )
-        gk.calibrate(model, without, loader, config.evaluate.calibration_batches or None)
+        calibrate(model, without, loader, config.evaluate.calibration_batches or None)
     for width in narrow:
-        with gk.use_width(model, width):
+        with use_width(model, width):
             widths[str(width)] = evaluate(model, test_loader, autocast_dtype)[1]
     return widths | {"1.0": full_top1}
 
@@ -248,20 +250,3 @@ def _schedule(config, iterations_per_epoch):
         return schedule.gamma**passed
 
     return factor
-
-
-def find_device(name: str) -> torch.device:
-    """The device of train.device. Raises: ValueError for one that is unknown or not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f'train.device must be "auto", "cpu" or "cuda", got "{name}"') from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f'train.device must be "auto", "cpu" or "cuda", got "{name}"')
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f'train.device must be "cpu" on a machine without a usable GPU, got "{name}"')
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f'train.device must be one of {torch.cuda.device_count()} GPUs, counted from 0, got "{name}"')
-    return device

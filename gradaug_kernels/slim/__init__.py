@@ -1,0 +1,1 @@
+"""Networks of adjustable width: layers, conversion, fusion, statistics."""
