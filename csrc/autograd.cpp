@@ -1,7 +1,7 @@
 // The operators as a layer calls them in eager mode: the forward pass, and autograd's node, without Python.
 //
 // Formulas, shapes and errors are those of gradaug_kernels/ops, which serve torch.compile, functorch and builds without
-// native code; tests/test_library.py compares the two. Python's took 10 to 30 us more for each layer.
+// native code; tests/ops/test_library.py compares the two. Python's took 10 to 30 us more for each layer.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/new_zeros.h>
 #include <ATen/ops/zeros_like.h>

@@ -80,7 +80,7 @@ GroupedWeight grouped(const Tensor& weight) {
 
 // ---- PyTorch's own convolutions, on views
 
-// What is passed to PyTorch's convolutions, so that they take it without fault. tests/test_torch_faults.py fails as
+// What is passed to PyTorch's convolutions, so that they take it without fault. tests/ops/test_torch_faults.py fails as
 // soon as those of PyTorch 2.14.1 are mended, and this can go:
 // - oneDNN's kernels on images narrower than the stride. Forward ends the process where columns of outputs see nothing
 //   but padding (bfloat16, and float32 with a bias); weight gradients of bfloat16 keep uninitialised memory (20 of 20

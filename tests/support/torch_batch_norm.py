@@ -2,8 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from accuracy import assert_as_accurate
-from cases import BatchNormCase
+from support.accuracy import assert_as_accurate
+from support.cases import BatchNormCase
 from torch import Tensor
 
 EPS = 1e-5

@@ -1,10 +1,10 @@
 """The machine code of the CUDA C++ kernels for sm_80 and sm_90, inspected without a GPU.
 
-Every file of tests/gpu_code instantiates one file of csrc/cuda without torch's headers. No kernel may spill registers;
+Every file of tests/kernels_gpu/gpu_code instantiates one file of csrc/cuda without torch's headers. No kernel may spill registers;
 tensor-core kernels must multiply with HMMA and copy 16 bytes at a time. The figures are kept in gpu_code_cuda.csv:
 with the nvcc that wrote it they must be equal, with another one the requirements alone must hold.
 
-    python tests/test_gpu_code_cuda.py       print the figures and rewrite the table
+    python tests/kernels_gpu/test_gpu_code_cuda.py       print the figures and rewrite the table
 """
 
 import csv
@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-SOURCES = sorted((ROOT / "tests" / "gpu_code").glob("*.cu"))
-TABLE = ROOT / "tests" / "gpu_code_cuda.csv"
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "tests" / "kernels_gpu" / "gpu_code").glob("*.cu"))
+TABLE = ROOT / "tests" / "kernels_gpu" / "gpu_code_cuda.csv"
 TARGETS = ("sm_80", "sm_90")
 FLAGS = ("-O3", "-std=c++20", "--expt-relaxed-constexpr", "-I", str(ROOT / "csrc"))
 # Instructions that a kernel whose name matches must contain.

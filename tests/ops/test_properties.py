@@ -1,4 +1,4 @@
-"""Random calls of every operator over its whole contract, against float64: tests/property_cases.py says what is drawn.
+"""Random calls of every operator over its whole contract, against float64: support/property_cases.py draws them.
 
 `--cases` is the number over all operators together; the same calls every time, unless `--hypothesis-seed` names
 others. A failure prints the smallest call that fails as a command, also where it ends the process.
@@ -8,11 +8,11 @@ import math
 from collections import Counter
 
 import pytest
-from property_cases import batch_norm_cases, conv_cases, linear_cases, pool_cases
-from property_checks import check
-from property_invalid import check_refused, invalid_calls
-from property_runner import run
-from property_worker import Worker
+from support.property_cases import batch_norm_cases, conv_cases, linear_cases, pool_cases
+from support.property_checks import check
+from support.property_invalid import check_refused, invalid_calls
+from support.property_runner import run
+from support.property_worker import Worker
 
 STRATEGIES = {  # and the share of the cases
     "slim_conv2d": (conv_cases(), 8),
@@ -65,8 +65,8 @@ def test_every_residue_comes_up(request):
 
 def test_a_crash_is_reported(worker):
     """And the next case is checked by another process."""
-    from property_cases import LinearCase
-    from property_worker import Crash
+    from support.property_cases import LinearCase
+    from support.property_worker import Crash
 
     dying = Worker(die)
     with pytest.raises(Crash, match=r"(?s)died of SIGSEGV.*tests python -c .*LinearCase"):

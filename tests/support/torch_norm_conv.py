@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from accuracy import assert_as_accurate
-from cases import ConvCase
+from support.accuracy import assert_as_accurate
+from support.cases import ConvCase
 from torch import Tensor
 
 EPS = 1e-5

@@ -12,7 +12,7 @@ import sys
 import traceback
 import unittest.mock
 
-PRELOADED = ["torch", "gradaug_kernels", "property_checks"]
+PRELOADED = ["torch", "gradaug_kernels", "support.property_checks"]
 SECONDS = 120  # for one case
 
 

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
-from cases import BatchNormCase, batch_norm_cases
+from support.accuracy import assert_as_accurate
+from support.cases import BatchNormCase, batch_norm_cases
+from support.torch_batch_norm import EPS, assert_statistics, torch_batch_norm
 from torch import Tensor
-from torch_batch_norm import EPS, assert_statistics, torch_batch_norm
 
 import gradaug_kernels as gk
 from gradaug_kernels.ops.slim_batch_norm import slim_batch_norm_record_

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_as_accurate
-from cases import NCHW, NHWC, ConvCase, conv_cases
+from support.accuracy import assert_as_accurate
+from support.cases import NCHW, NHWC, ConvCase, conv_cases
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
@@ -417,6 +417,6 @@ def test_every_residue_of_padding(channels, groups, dtype):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="maps pages as Linux does")
 def test_weight_gradients_read_nothing_beyond_their_images():
-    program = Path(__file__).with_name("guarded_memory.py")
+    program = Path(__file__).parents[1] / "support" / "guarded_memory.py"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, program], check=True, env=environment, timeout=300)

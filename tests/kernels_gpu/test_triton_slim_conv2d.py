@@ -10,9 +10,9 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
-from cases import conv_cases
-from report import report
+from support.accuracy import assert_as_accurate
+from support.cases import conv_cases
+from support.report import report
 
 CASES = {case.name: case for case in conv_cases()}
 # The interpreter takes seconds for each group, and what a group does the float32 cases show.

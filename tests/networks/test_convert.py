@@ -5,13 +5,13 @@ import random
 import threading
 import types
 
-import masked
 import numpy as np
 import pytest
 import torch
 import torch.nn.utils.prune
 import torchvision
-from random_networks import RandomNetwork
+from support import masked
+from support.random_networks import RandomNetwork
 from torch import nn
 from torch.nn import functional as F
 

@@ -10,10 +10,10 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-from cases import ConvCase, conv_cases
-from report import report
-from test_triton_slim_conv2d import dtype_name, poison_memory
-from torch_norm_conv import EPS, assert_moments, check_results, options_for, torch_results
+from kernels_gpu.test_triton_slim_conv2d import dtype_name, poison_memory
+from support.cases import ConvCase, conv_cases
+from support.report import report
+from support.torch_norm_conv import EPS, assert_moments, check_results, options_for, torch_results
 
 pytest.importorskip("triton", reason="triton is not installed")
 

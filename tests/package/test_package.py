@@ -21,7 +21,7 @@ import torch
 import gradaug_kernels
 from gradaug_kernels import _library
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LIBRARIES = [f"{name}{EXTENSION_SUFFIXES[0]}" for name in ("_autograd", "_cpu")]
 
 SERVED = """

@@ -4,8 +4,8 @@ The interpreter is chosen by TRITON_INTERPRET before triton is imported. It mult
 """
 
 import torch
-from property_cases import NCHW, NHWC, ConvCase, Layout, Norm, conv_cases, values
-from property_checks import REFUSALS, assert_close, assert_one_sentence, call_of
+from support.property_cases import NCHW, NHWC, ConvCase, Layout, Norm, conv_cases, values
+from support.property_checks import REFUSALS, assert_close, assert_one_sentence, call_of
 
 __all__ = ["NCHW", "NHWC", "ConvCase", "Layout", "Norm", "check_triton"]
 

@@ -242,7 +242,7 @@ def test_the_cases_run_under_pytest_benchmark():
     pytest.importorskip("pytest_benchmark")
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q", "-k", "linear or throughput"]
     done = subprocess.run(
-        [*command, *TINY, "--widths", "0.8"], cwd=Path(__file__).parent.parent, capture_output=True, text=True
+        [*command, *TINY, "--widths", "0.8"], cwd=Path(__file__).parents[2], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 passed" in done.stdout

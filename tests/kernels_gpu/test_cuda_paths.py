@@ -8,9 +8,9 @@ from collections import Counter
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
-from cases import conv_cases, linear_cases
-from report import report
+from support.accuracy import assert_as_accurate
+from support.cases import conv_cases, linear_cases
+from support.report import report
 
 from gradaug_kernels._gpu import gemm
 from gradaug_kernels._gpu import paths as gpu_paths

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from benchmarks import tables
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_tables_are_those_of_the_committed_rows(capsys):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
-from property_cases import (
+from support.property_cases import (
     BatchNormCase,
     Case,
     ConvCase,
@@ -17,8 +17,8 @@ from property_cases import (
     linear_cases,
     pool_cases,
 )
-from property_checks import *  # noqa: F403 - what the repr of a call names
-from property_checks import REFUSALS, assert_one_sentence, call_of
+from support.property_checks import *  # noqa: F403 - what the repr of a call names
+from support.property_checks import REFUSALS, assert_one_sentence, call_of
 
 OPS = torch.ops.gradaug
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels' own source, run on the CPU by tests/host_shim, under sanitizers.
+"""The CUDA kernels' own source, run on the CPU by tests/kernels_gpu/host_shim, under sanitizers.
 
 Every case runs once under AddressSanitizer + UndefinedBehaviorSanitizer and once under ThreadSanitizer; its results are
 judged by PyTorch's own error in the same dtype, against float64. Defects planted into copies of the sources show that
@@ -15,20 +15,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_as_accurate
-from cases import NCHW, NHWC, BatchNormCase, ConvCase, batch_norm_cases, conv_cases
 from hypothesis import strategies as st
-from property_cases import conv_cases as drawn_conv_cases
-from property_checks import assert_close
-from property_oracle import Approx, conv2d, conv2d_input_grad, conv2d_weight_grad, unit
-from property_runner import run as run_property
+from support.accuracy import assert_as_accurate
+from support.cases import NCHW, NHWC, BatchNormCase, ConvCase, batch_norm_cases, conv_cases
+from support.property_cases import conv_cases as drawn_conv_cases
+from support.property_checks import assert_close
+from support.property_oracle import Approx, conv2d, conv2d_input_grad, conv2d_weight_grad, unit
+from support.property_runner import run as run_property
+from support.torch_batch_norm import EPS, assert_statistics, torch_batch_norm
 from torch._prims_common import suggest_memory_format
-from torch_batch_norm import EPS, assert_statistics, torch_batch_norm
 
 import gradaug_kernels as gk
 
-ROOT = Path(__file__).parent.parent
-SHIM = ROOT / "tests" / "host_shim"
+ROOT = Path(__file__).parents[2]
+SHIM = ROOT / "tests" / "kernels_gpu" / "host_shim"
 SANITIZERS = {"asan": "address,undefined", "tsan": "thread"}
 ENVIRONMENT = {
     "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
@@ -39,7 +39,7 @@ DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 
 
 
 def compile_runner(name: str, sanitizer: str, output: Path, sources: Path = ROOT / "csrc", defines=()) -> Path:
-    """Compile tests/host_shim/<name>.cpp. Without optimisation: the small cases run no longer for it."""
+    """Compile tests/kernels_gpu/host_shim/<name>.cpp. Without optimisation: the small cases run no longer for it."""
     command = [
         *("g++", "-std=c++20", "-O0", "-g1", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-pthread"),
         *(f"-fsanitize={SANITIZERS[sanitizer]}", *(f"-D{define}" for define in defines)),

@@ -5,8 +5,8 @@ Among these: no synchronisation, other streams, CUDA graphs, and GEMMs that copy
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
-from cases import conv_cases
+from support.accuracy import assert_as_accurate
+from support.cases import conv_cases
 
 from gradaug_kernels._gpu.paths import DIRECTIONS, Geometry, candidates, paths_built
 from gradaug_kernels.ops import slim_conv2d

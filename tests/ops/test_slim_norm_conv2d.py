@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import ConvCase, conv_cases
+from support.cases import ConvCase, conv_cases
+from support.torch_norm_conv import EPS, assert_moments, check_results, options_for, torch_results
 from torch import Tensor
-from torch_norm_conv import EPS, assert_moments, check_results, options_for, torch_results
 
 import gradaug_kernels as gk
 

@@ -4,7 +4,7 @@ Triton compiles the launchers' own launches: they run on meta tensors, and what 
 target instead. The figures of each kernel are compared with gpu_code.csv: none may get worse. Run this file to write
 the table anew, and see `git diff`:
 
-    python tests/test_gpu_code.py
+    python tests/kernels_gpu/test_gpu_code.py
 
 The CUDA C++ kernels are inspected by test_gpu_code_cuda.py.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from report import report
+from support.report import report
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 

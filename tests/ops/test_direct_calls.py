@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from direct_calls import NO_RANGE, SIZES, arguments_of, bad_values, operators, valid_arguments
+from support.direct_calls import NO_RANGE, SIZES, arguments_of, bad_values, operators, valid_arguments
 
 import gradaug_kernels as gk
 
 
 def run(*options: str) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    program = Path(__file__).with_name("direct_calls.py")
+    program = Path(__file__).parents[1] / "support" / "direct_calls.py"
     done = subprocess.run([sys.executable, program, *options], env=environment, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     assert done.returncode == 0, f"ended with {done.returncode} {lines[-1:]}: {done.stderr[-2000:]}"

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import ConvCase, conv_cases
-from test_slim_norm_conv2d import leaves_of, norm_conv, output_gradient, with_cases
+from ops.test_slim_norm_conv2d import leaves_of, norm_conv, output_gradient, with_cases
+from support.cases import ConvCase, conv_cases
+from support.torch_norm_conv import EPS, options_for
 from torch import Tensor
-from torch_norm_conv import EPS, options_for
 
 import gradaug_kernels as gk
 

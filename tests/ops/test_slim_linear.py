@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_as_accurate
-from cases import LinearCase, linear_cases
+from support.accuracy import assert_as_accurate
+from support.cases import LinearCase, linear_cases
 from torch import Tensor
 
 import gradaug_kernels as gk

@@ -37,7 +37,7 @@ from gradaug_kernels.recipes.config import parse_setting, to_toml
 from gradaug_kernels.train import load_config, run
 from gradaug_kernels.train.folder import FILES, claim_folder, read_checkpoint, write_checkpoint
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PRESET = """
 preset = "tiny"
 [data]
@@ -921,6 +921,6 @@ def test_every_row_of_the_table_names_tests_that_exist():
         assert re.fullmatch(r"\|( .+ \|){3} `test_\w+::test_\w+`(, `test_\w+::test_\w+`)* \|", row), row
         for module, test in re.findall(r"`(test_\w+)::(test_\w+)`", row):
             if module not in tests:
-                tree = ast.parse((ROOT / "tests" / f"{module}.py").read_text(encoding="utf-8"))
+                tree = ast.parse(next((ROOT / "tests").rglob(f"{module}.py")).read_text(encoding="utf-8"))
                 tests[module] = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
             assert test in tests[module], f"{module}::{test}"

@@ -10,18 +10,8 @@ import mmap
 
 import torch
 import torch.nn.functional as F
-from property_cases import (
-    NCHW,
-    NHWC,
-    BatchNormCase,
-    Case,
-    ConvCase,
-    Layout,
-    LinearCase,
-    Norm,
-    PoolCase,
-)
-from property_oracle import (
+from support.property_cases import NCHW, NHWC, BatchNormCase, Case, ConvCase, Layout, LinearCase, Norm, PoolCase
+from support.property_oracle import (
     Approx,
     batch_norm,
     batch_norm_backward,

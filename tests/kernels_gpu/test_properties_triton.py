@@ -1,9 +1,9 @@
 """As test_properties.py, of the Triton kernels in Triton's interpreter: tens of small calls, a hundredth of --cases."""
 
 import pytest
-from property_runner import run
-from property_triton import check_triton, triton_cases
-from property_worker import Worker
+from support.property_runner import run
+from support.property_triton import check_triton, triton_cases
+from support.property_worker import Worker
 
 pytest.importorskip("triton", reason="triton is not installed")
 
