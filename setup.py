@@ -101,7 +101,7 @@ def native_extensions():
         ),
         CppExtension(
             "gradaug_kernels._cpu",
-            sources("csrc/module.cpp", "csrc/cpu/*.cpp"),
+            sources("csrc/module.cpp", "csrc/cpu/**/*.cpp"),
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args={"cxx": cxx},
             extra_link_args=["-fopenmp", *link],

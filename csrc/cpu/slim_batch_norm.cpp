@@ -7,7 +7,7 @@
 // Both: one pass for the moments (or the gradient's sums), one that applies the per-channel coefficients. A thread
 // takes the same part of the activation in both, and in the second begins with what it read last in the first: that is
 // still in its cache. Sums are cut by the sizes alone and added in order, so that results do not depend on the number
-// of threads. The loops themselves are in slim_batch_norm_kernels_impl.h.
+// of threads. The loops themselves are in norm/rows_and_planes.h.
 #include "slim_batch_norm.h"
 
 #include <ATen/Dispatch.h>
@@ -24,7 +24,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/slim_batch_norm_kernels.h"
+#include "cpu/norm/table.h"
 #include "slim_batch_norm_binding.h"
 
 namespace gradaug::batch_norm {

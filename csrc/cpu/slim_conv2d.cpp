@@ -1,9 +1,9 @@
 // Convolution with the first channels of a full-width weight: forward, input gradient, weight gradient.
 // Formulas, shapes and the memory format of each result: gradaug_kernels/ops/slim_conv2d.py.
 //
-// NHWC images run on the kernels of kernels.h, in small groups on those of depthwise_kernels.h. Everything else is
-// PyTorch's own convolution of the slice: float64, NCHW results, groups of other sizes, and the processors and dtypes
-// for which select_kernels and select_depthwise_kernels have nothing better.
+// NHWC images run on the kernels of microkernels/table.h, in small groups on those of microkernels/depthwise_table.h.
+// Everything else is PyTorch's own convolution of the slice: float64, NCHW results, groups of other sizes, and the
+// processors and dtypes for which select_kernels and select_depthwise_kernels have nothing better.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -12,9 +12,9 @@
 #include <optional>
 
 #include "checks.h"
-#include "conv.h"
-#include "depthwise.h"
-#include "tensors.h"
+#include "cpu/conv/depthwise.h"
+#include "cpu/conv/problem.h"
+#include "cpu/tensors.h"
 
 namespace {
 

@@ -1,17 +1,17 @@
 // Linear layer with the first features of a full-width weight: forward, input gradient, weight gradient.
 // Formulas and shapes: gradaug_kernels/ops/slim_linear.py.
 //
-// A linear layer is a 1x1 convolution of images of one pixel, and runs on the kernels of kernels.h, which read the
-// slice of the weight, and add to that of its gradient, in place. What select_kernels has nothing better for is
-// PyTorch's own matrix product, whose weight operand has the full number of features as its leading dimension.
+// A linear layer is a 1x1 convolution of images of one pixel, and runs on the kernels of microkernels/table.h, which
+// read the slice of the weight, and add to that of its gradient, in place. What select_kernels has nothing better for
+// is PyTorch's own matrix product, whose weight operand has the full number of features as its leading dimension.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include <optional>
 
 #include "checks.h"
-#include "conv.h"
-#include "tensors.h"
+#include "cpu/conv/problem.h"
+#include "cpu/tensors.h"
 
 namespace {
 

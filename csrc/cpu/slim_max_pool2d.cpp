@@ -2,7 +2,7 @@
 // others are copied to that format. Formulas and shapes: gradaug_kernels/ops/slim_norm_max_pool2d.py.
 //
 // Forward: a task takes rows of outputs, and for each pixel compares the pixels of its window, channels in vectors
-// (slim_max_pool2d_kernels_impl.h). Backward gathers: a task takes rows of inputs, and each pixel sums the gradients of
+// (norm/max_pool.h). Backward gathers: a task takes rows of inputs, and each pixel sums the gradients of
 // those windows whose maximum it is.
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/slim_batch_norm_kernels.h"
+#include "cpu/norm/table.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-// What the operators on the kernels of conv.h share about tensors.
+// What the operators on the kernels of conv/problem.h share about tensors.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -6,7 +6,7 @@
 
 #include <optional>
 
-#include "kernels.h"
+#include "cpu/microkernels/table.h"
 
 namespace gradaug::cpu {
 

@@ -1,0 +1,31 @@
+// The kernels of microkernels/table.h and microkernels/depthwise_table.h for AVX2 (with FMA and F16C).
+#include "cpu/microkernels/depthwise_table.h"
+#include "cpu/microkernels/table.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <array>
+#include <utility>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,prfchw"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,prfchw")
+#endif
+
+#include "cpu/microkernels/depthwise.h"
+#include "cpu/microkernels/gemm.h"
+#include "cpu/simd/avx2.h"  // after it: uses GRADAUG_UNROLL
+
+const gradaug::cpu::Kernels* gradaug::cpu::avx2_kernels() { return &Impl<Avx2>::table; }
+const gradaug::cpu::DepthwiseKernels* gradaug::cpu::avx2_depthwise_kernels() { return &DepthwiseImpl<Avx2>::table; }
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#else
+const gradaug::cpu::Kernels* gradaug::cpu::avx2_kernels() { return nullptr; }
+const gradaug::cpu::DepthwiseKernels* gradaug::cpu::avx2_depthwise_kernels() { return nullptr; }
+#endif

@@ -1,0 +1,37 @@
+// The kernels of microkernels/table.h and microkernels/depthwise_table.h for AVX-512 with AVX512_BF16.
+#include "cpu/microkernels/depthwise_table.h"
+#include "cpu/microkernels/table.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <array>
+#include <utility>
+
+#if defined(__clang__)
+#pragma clang attribute push(                                                                      \
+    __attribute__((target("avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
+    apply_to = function)
+#else
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarms in gcc 12's own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"        // likewise
+#pragma GCC target("avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#endif
+
+#include "cpu/microkernels/depthwise.h"
+#include "cpu/microkernels/gemm.h"
+#include "cpu/simd/avx512.h"  // after it: uses GRADAUG_UNROLL
+
+const gradaug::cpu::Kernels* gradaug::cpu::avx512_bf16_kernels() { return &Impl<Avx512<true>>::table; }
+const gradaug::cpu::DepthwiseKernels* gradaug::cpu::avx512_bf16_depthwise_kernels() {
+  return &DepthwiseImpl<Avx512<true>>::table;
+}
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#else
+const gradaug::cpu::Kernels* gradaug::cpu::avx512_bf16_kernels() { return nullptr; }
+const gradaug::cpu::DepthwiseKernels* gradaug::cpu::avx512_bf16_depthwise_kernels() { return nullptr; }
+#endif
