@@ -1,6 +1,6 @@
 """The machine code of the CUDA C++ kernels for sm_80 and sm_90, inspected without a GPU.
 
-Every file of tests/kernels_gpu/gpu_code instantiates one file of csrc/cuda without torch's headers. No kernel may spill registers;
+Every file of gpu_code/ instantiates one file of csrc/cuda without torch's headers. No kernel may spill registers;
 tensor-core kernels must multiply with HMMA and copy 16 bytes at a time. The figures are kept in gpu_code_cuda.csv:
 with the nvcc that wrote it they must be equal, with another one the requirements alone must hold.
 
