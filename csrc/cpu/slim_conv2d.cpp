@@ -96,7 +96,7 @@ Tensor with_usual_strides(const Tensor& t) {
 }
 
 Tensor for_torch(const Tensor& x, const Geometry& g) {
-  return x.size(3) < g.stride[1] ? x.to(at::kDouble) : with_usual_strides(x);
+  return with_usual_strides(x.size(3) < g.stride[1] ? x.to(at::kDouble) : x);
 }
 
 // A parameter in the dtype of x.

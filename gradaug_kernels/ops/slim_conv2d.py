@@ -143,11 +143,11 @@ def check_slim_conv2d_weight_grad(dy, x, dweight, *geometry) -> None:
 
 def _for_torch(x: Tensor, stride) -> Tensor:
     """x as PyTorch's convolutions take it without fault on the CPU; csrc/cpu/slim_conv2d.cpp says which there are."""
-    if x.device.type == "cpu" and x.shape[3] < stride[1]:
-        return x.double()
-    if x.device.type == "cpu" and 1 in x.shape:  # a stride of such a size may be anything
-        return x.clone(memory_format=torch.contiguous_format)
-    return x
+    if x.device.type != "cpu":
+        return x
+    if x.shape[3] < stride[1]:
+        x = x.double()
+    return x.clone(memory_format=torch.contiguous_format) if 1 in x.shape else x  # its stride may be anything
 
 
 def _weight_for_torch(w: Tensor, groups: int) -> Tensor:
