@@ -340,6 +340,10 @@ def _check_model_and_optimizer(model: nn.Module, optimizer: torch.optim.Optimize
         raise TypeError("model must be in DistributedDataParallel to use several devices, got a DataParallel")
     if not _steps_without_arguments(optimizer):
         raise TypeError(f"optimizer must step without a closure, got {type(optimizer).__name__}")
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise TypeError("optimizer must take dense gradients, got SparseAdam")
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise ValueError(f"optimizer must not be differentiable, got {type(optimizer).__name__}(differentiable=True)")
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     if held.isdisjoint(model.parameters()):
         raise ValueError(f"optimizer must hold parameters of the model, got {len(held)} others")

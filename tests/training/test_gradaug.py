@@ -537,3 +537,17 @@ def test_a_frozen_norm_with_statistics_of_its_own_takes_those():
         teacher = model(images).softmax(1)
         with gk.use_width(model, 0.5):
             torch.testing.assert_close(losses.subnets[0], gk.kl_divergence(teacher, model(images)))
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "sentence"),
+    [
+        (torch.optim.SparseAdam, TypeError, "must take dense gradients, got SparseAdam"),
+        (lambda p: torch.optim.SGD(p, 0.1, differentiable=True), ValueError, r"got SGD\(differentiable=True\)"),
+    ],
+    ids=["sparse", "differentiable"],
+)
+def test_an_optimizer_that_cannot_step_is_refused_at_once(build, error, sentence):
+    model = gk.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 1)))
+    with pytest.raises(error, match=sentence):
+        gk.GradAug(model, build(list(model.parameters())), num_subnets=1, min_width=0.5)
