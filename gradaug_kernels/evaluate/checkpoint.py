@@ -12,6 +12,7 @@ from ..data.image_tensors import mix_seed
 from ..recipes.build import build_network, load_images
 from ..recipes.config import Config, from_tables, to_tables
 from ..recipes.device import find_device
+from ..slim.calibrate import calibrate
 from ..slim.width import set_width, use_width
 from ..train.folder import claim_folder, complete_file, read_checkpoint, read_json, stored_config
 from ..train.state import load_weights
@@ -99,7 +100,7 @@ def evaluate_checkpoint(
     model.to(target, memory_format=torch.channels_last)
     loader = test.loader(config.evaluate.batch_size, device=target, workers=workers)
 
-    def calibrate(missing):
+    def calibrate_widths(missing):
         training = dataset.train.loader(
             config.train.batch_size, train=True, augment=False, seed=config.train.seed, device=target, workers=workers
         )
@@ -119,7 +120,7 @@ def evaluate_checkpoint(
         }
         title = f"{config.preset}: {config.model.name}, {len(test):,} {evaluated_on} images"
         if "widths" in parts:
-            found["widths"] = measure.accuracy_by_width(model, config.evaluate.widths, loader, calibrate)
+            found["widths"] = measure.accuracy_by_width(model, config.evaluate.widths, loader, calibrate_widths)
             report.write_widths(out, found["widths"], title)
         if "calibration" in parts:
             error, bins = measure.calibration(model, loader)
