@@ -29,7 +29,6 @@ from PIL import Image
 
 import gradaug_kernels as gk
 from gradaug_kernels import data
-from gradaug_kernels.cli import main as cli
 from gradaug_kernels.cli.main import main
 from gradaug_kernels.data import _idx, fashion_mnist, image_data, image_folder
 from gradaug_kernels.data._idx import idx_bytes, read_idx
@@ -563,7 +562,7 @@ def test_output_to_a_full_disk(capsys):
 def test_a_terminal_without_unicode(capsys, tmp_path, monkeypatch):
     buffer = io.BytesIO()
     with standard_output(io.TextIOWrapper(buffer, "ascii")):
-        monkeypatch.setattr(cli, "format_info", lambda info: "70.00 ± 0.10 \udce9")
+        monkeypatch.setattr(sys.modules[main.__module__], "format_info", lambda info: "70.00 ± 0.10 \udce9")
         assert main(["info"]) == 0
         assert buffer.getvalue() == b"70.00 \\xb1 0.10 \\udce9\n"
 
