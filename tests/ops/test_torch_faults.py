@@ -160,8 +160,8 @@ def test_weight_gradient_of_one_row_of_a_larger_image(kind):
 
 @of_both
 def test_gradient_of_one_row_narrower_than_the_stride(kind):
-    x = torch.randn(1, 4, 1, 2).transpose(2, 3).contiguous(memory_format=NHWC).transpose(2, 3)  # rows 4 apart, not 8
-    assert x.stride() == (8, 1, 4, 4)
-    dy, buffer = torch.randn(1, 2, 1, 1).contiguous(memory_format=NHWC), torch.zeros(2, 2, 1, 1)
+    x = torch.empty_strided((1, 4, 1, 2), (8, 1, 4, 4)).copy_(torch.randn(1, 4, 1, 2))  # NHWC has rows 8 apart
+    dy = torch.empty_strided((1, 2, 1, 1), (2, 1, 2, 2)).copy_(torch.randn(1, 2, 1, 1))
+    buffer = torch.zeros(2, 2, 1, 1)
     WEIGHT_GRADS[kind](dy, x, buffer, [1, 3], [0, 0], [1, 1], 2)
     torch.testing.assert_close(buffer[:, :, 0, 0], dy[0, :, :, 0] * x[0, :, 0, 0].view(2, 2))
