@@ -1,8 +1,8 @@
 """Prints the structure of the package: `python tools/house.py`.
 
 A room is a module or folder right under gradaug_kernels/, an arrow an import from one room of another (those inside
-functions too), a floor the longest way down from a room to one that imports none. Contracts in pyproject.toml
-([tool.importlinter]) say which way arrows may go; tests/test_house.py holds them.
+functions too), a floor the longest way down from a room to one that imports none. tests/package/test_house.py holds
+what must not grow.
 """
 
 import argparse

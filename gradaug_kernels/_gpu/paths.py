@@ -1,8 +1,8 @@
 """Who serves a convolution of CUDA tensors: one rule, `path_for`, which every call goes through.
 
     gemm         a strided matrix product by cuBLAS (gemm.py): 1x1, stride 1, no padding, no groups
-    depthwise    direct Triton kernels (_triton/depthwise_conv2d.py)
-    triton       implicit GEMM in Triton (_triton/slim_conv2d.py)
+    depthwise    direct Triton kernels (triton/depthwise_conv2d.py)
+    triton       implicit GEMM in Triton (triton/slim_conv2d.py)
     cpp          implicit GEMM in CUDA C++ (csrc/cuda/slim_conv2d.cu), where it was built
     cudnn        cuDNN on a packed copy of the slice (cudnn.py)
 

@@ -18,10 +18,13 @@ import gradaug_kernels as gk
 
 from .._names import nearest, printable
 from ..compare.run import compare, comparison_names, load_comparison
+from ..evaluate import checkpoint as evaluation
+from ..evaluate.measure import summary
 from ..recipes.config import load_config, parse_setting, preset_names
 from ..recipes.memory import keep_freed_blocks
 from ..train.folder import CHECKPOINT, FILES
 from ..train.report import table
+from ..train.run import train
 from . import tune
 from .info import collect_info, format_info
 
@@ -243,8 +246,6 @@ def _parser():
 
 
 def _train(command):
-    from ..train.run import train
-
     settings = _settings(command.set)
     for name, key in SHORTCUTS.items():
         if getattr(command, name) is not None:
@@ -286,9 +287,6 @@ def _compare(command):
 
 
 def _eval(command):
-    from ..evaluate import checkpoint as evaluation
-    from ..evaluate.measure import summary
-
     path = Path(command.checkpoint)
     path = path / CHECKPOINT if path.is_dir() else path
     out = Path(command.out) if command.out else path.parent / "evaluation"

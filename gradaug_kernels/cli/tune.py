@@ -1,8 +1,8 @@
 """`gradaug tune`: measure which path is fastest for each bucket of convolutions on this card, and keep the table.
 
-The convolutions are those of real networks at several widths, forward and both gradients. For each bucket
-(`gpu_paths.bucket`) every path that can do it runs on the first convolution met, interleaved, after its result has
-been compared with cuDNN's; the fastest is kept. GRADAUG_CUDA=auto, the default, reads the table when the package first
+The convolutions are those of real networks at several widths, forward and both gradients. For each `bucket`
+(_gpu/paths.py) every path that can do it runs on the first convolution met, interleaved, after its result has been
+compared with cuDNN's; the fastest is kept. GRADAUG_CUDA=auto, the default, reads the table when the package first
 meets the card.
 """
 

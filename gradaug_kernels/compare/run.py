@@ -27,6 +27,7 @@ import torch
 import gradaug_kernels as gk
 
 from .._names import nearest
+from ..evaluate.checkpoint import evaluate_checkpoint
 from ..recipes.build import load_images
 from ..recipes.config import Config, difference, load_config, plain_name, read_toml
 from ..recipes.device import find_device
@@ -177,8 +178,6 @@ def _compare(comparison, plans, out, command, robustness):
 
 def _robustness(planned: Plan, folder: Path, images: int) -> dict[str, Any]:
     """A row of robustness.csv; the evaluation that a run's folder holds is not repeated."""
-    from ..evaluate.checkpoint import evaluate_checkpoint
-
     path = folder / "evaluation" / "evaluation.json"
     found = read_json(path, ["images", "top1"]) if path.is_file() else {}
     if found.get("images") != images or not {"corruptions", "attacks"} <= found.keys():
