@@ -22,6 +22,7 @@ with_bfloat16_instructions = pytest.mark.skipif(
     or torch.cpu._is_amx_tile_supported(),
     reason="the faults were found on AVX-512 with bfloat16 and without AMX",
 )
+MENDED_AT_EARLIEST = "2.16"  # the releases before show what depends on the memory's contents, on some machines
 # A forward pass whose left columns of outputs see nothing but padding.
 NARROW = """
 import torch
@@ -35,12 +36,12 @@ COLUMN = """
 import torch
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
-x, dy, weight = (
-    torch.randn(size).bfloat16().to(memory_format=torch.channels_last)
-    for size in ((2, 6, 175, 1), (2, 6, 88, 1), (6, 3, 3, 3))
-)
 geometry = ([2, 2], [1, 1], [1, 1], False, [0, 0], 2, [False, True, False])
-for _ in range(20):
+for _ in range(100):
+    x, dy, weight = (
+        torch.randn(size).bfloat16().to(memory_format=torch.channels_last)
+        for size in ((2, 6, 175, 1), (2, 6, 88, 1), (6, 3, 3, 3))
+    )
     assert torch.ops.aten.convolution_backward(dy, x, weight, None, *geometry)[1].isfinite().all()
 """
 
@@ -48,17 +49,23 @@ for _ in range(20):
 # ---- PyTorch alone
 
 
+def expect_failure(script):
+    """The script fails in one of several processes: what it reads or writes beyond its memory decides that."""
+    if all(subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0 for _ in range(5)):
+        if torch.__version__ < MENDED_AT_EARLIEST:
+            pytest.skip("this machine's memory does not show the fault")
+        pytest.fail(f"mended in PyTorch {torch.__version__}")
+
+
 @with_bfloat16_instructions
 @pytest.mark.parametrize(("dtype", "bias"), [("torch.bfloat16", "None"), ("torch.float32", "bias")])
 def test_torch_crashes_on_images_narrower_than_the_stride(dtype, bias):
-    done = subprocess.run([sys.executable, "-c", NARROW.format(dtype=dtype, bias=bias)], capture_output=True)
-    assert done.returncode < 0, f"mended in PyTorch {torch.__version__}"
+    expect_failure(NARROW.format(dtype=dtype, bias=bias))
 
 
 @with_bfloat16_instructions
 def test_torch_leaves_memory_uninitialised_in_weight_gradients():
-    done = subprocess.run([sys.executable, "-c", COLUMN], capture_output=True, text=True)
-    assert done.returncode != 0, f"mended in PyTorch {torch.__version__}: {done.stdout}"
+    expect_failure(COLUMN)
 
 
 def test_torch_trusts_the_stride_of_one_image():
