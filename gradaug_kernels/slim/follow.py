@@ -14,11 +14,12 @@ import functools
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -596,15 +597,19 @@ class Follower(TorchDispatchMode):
         self.expected, self.width_of, self.kept = expected, width_of, kept
         self.answer = answer
         self.uses: dict[str, Use] = {}  # source -> its first use of the kind
+        self.touched: dict[str, str] = {}  # parameter or buffer that the network's own code reads -> where
         self._values: dict[int, Value] = {}
         self._foreign: set[int] = set()  # storages that hold values that labels no longer tell
         self._alive: list[Tensor] = []  # so that no id is used twice
+        self._saved: dict[tuple, Value] = {}  # by memory and shape, what a backward pass may find saved
         self._inside = False
 
     # -- values
 
     def value(self, tensor: Tensor) -> Value:
         found = self._values.get(id(tensor))
+        if found is None and self._saved:
+            found = self._saved.get((tensor.untyped_storage()._cdata, tensor.shape))
         if found is None:
             has_data = tensor.device.type != "meta"
             origin = _data(tensor) if has_data else self.parameters.get(id(tensor))
@@ -636,9 +641,12 @@ class Follower(TorchDispatchMode):
     # -- operators
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
         if self._inside:
-            return func(*args, **kwargs)
+            return func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():  # what this code asks of tensors is not the network's question
+            return self._follow(func, args, kwargs or {})
+
+    def _follow(self, func, args: tuple, kwargs: dict):
         rule = _rule(func)
         name = func._overloadpacket.__name__
         if rule is None and name not in _MIXING and name not in _COPIES:
@@ -651,6 +659,9 @@ class Follower(TorchDispatchMode):
         leaves = _leaves(args, kwargs)
         operands = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         values = [self.value(operand) for operand in operands]
+        for value in values:
+            if isinstance(value.origin, str) and value.origin not in self.touched:
+                self.touched[value.origin] = place(self.names)
         if any(operand.device.type != "meta" for operand in operands):
             args, kwargs = tree_map(without_data, (args, kwargs))
             operands = [leaf for leaf in _leaves(args, kwargs) if isinstance(leaf, Tensor)]
@@ -665,6 +676,8 @@ class Follower(TorchDispatchMode):
         constants = () if name in _SIZED else tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
         if name in _FILLED:
             constants = (_argument(func, args, kwargs, "fill_value"),)
+        if rule is not _creates and not name.startswith("detach"):
+            self._ask_for_gradients(operands, outs)
         if name in _COPIES:  # whether there is one depends on the memory format
             for tensor in outs:
                 self._alive.append(tensor)
@@ -742,6 +755,44 @@ class Follower(TorchDispatchMode):
             raise Stopped("needs the value of a tensor (as `if x.sum() > 0` or x.item() do)")
         return self.answer
 
+    # -- gradients
+
+    def _ask_for_gradients(self, operands: Iterable[Tensor], outs: Iterable[Tensor]) -> None:
+        """What autograd, which has no part in this run, would answer to `tensor.requires_grad`."""
+        if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
+            for out in outs:
+                if out.is_floating_point() or out.is_complex():
+                    out.requires_grad_()
+
+    def follow_backward(self) -> None:
+        """Run the network's own backward code: of its autograd functions, and hooks of tensors."""
+        made = list(self._alive)
+        with torch._C.DisableTorchFunction():
+            self._saved = {(tensor.untyped_storage()._cdata, tensor.shape): self.value(tensor) for tensor in made}
+        nodes: dict[Any, dict[int, Tensor]] = {}
+        for tensor in made:
+            for hook in (tensor._backward_hooks or {}).values():
+                hook(self._gradient(tensor))
+            node = tensor.grad_fn
+            if isinstance(node, BackwardCFunction) and not node._forward_cls.__module__.startswith("torch."):
+                nodes.setdefault(node, {})[tensor.output_nr] = tensor
+        for node, outputs in nodes.items():
+            count = 1 + max(outputs)
+            node.apply(*(self._gradient(outputs[i]) if i in outputs else None for i in range(count)))
+
+    def _gradient(self, tensor: Tensor) -> Tensor:
+        """A gradient of `tensor`, which has its channels."""
+        self._inside = True
+        try:
+            gradient = torch.empty_like(tensor, requires_grad=False)
+        finally:
+            self._inside = False
+        with torch._C.DisableTorchFunction():
+            value = self.value(tensor)
+        self._alive.append(gradient)
+        self._values[id(gradient)] = value._replace(origin=("gradient", value.origin))
+        return gradient
+
     # -- a narrow run beside the one at full width
 
     def _compare(self, entry, outs, is_noise: bool) -> None:
@@ -777,15 +828,20 @@ class Follower(TorchDispatchMode):
 
     # -- layers
 
-    def layer(self, name: str, x: Tensor, make: Callable, dimensions: Callable) -> Tensor:
+    def layer(self, module: nn.Module, x: Tensor, make: Callable, dimensions: Callable) -> Tensor:
         """A call of a sliced layer: `make` makes its output, `dimensions` tells what that has of what x has."""
-        x = without_data(x)
+        with torch._C.DisableTorchFunction():
+            return self._layer(self.names[id(module)], module, without_data(x), make, dimensions)
+
+    def _layer(self, name: str, module: nn.Module, x: Tensor, make: Callable, dimensions: Callable) -> Tensor:
         value = self.value(x)
         self._inside = True
         try:
-            out = make(x)
+            with torch.no_grad():
+                out = make(x)
         finally:
             self._inside = False
+        self._ask_for_gradients([x, *module.parameters(recurse=False)], [out])
         entry = (f"layer {name}", (value.origin,), ())
         if self.expected is not None:
             self._compare(entry, [out], False)

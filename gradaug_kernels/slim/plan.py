@@ -6,7 +6,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .adapters import adapter, is_slim, refused_model
+from .counts import CountedSizes
 from .follow import (
     Channels,
     Classes,
@@ -31,6 +32,7 @@ from .fuse import _Fused
 from .layers import _HOOKS, FastSlimConv2d, SlimBatchNorm2d, SlimLinear
 
 PROVEN_WIDTHS = (0.5, 0.7)  # each leaves every layer a channel, and odd numbers of them
+_GRID = 256  # widths at which comparisons of numbers of channels must turn out alike
 _LOCK = threading.Lock()  # the process has one state of Python's random numbers
 _SIZES = (224, 32, 28, 64, 299, 96, 128, 256, 160, 192, 48, 40, 24, 20, 16, 12, 10, 8, 6, 5, 4, 384, 320, 512)
 _SECONDS_OF_GUESSES = 2.0
@@ -56,10 +58,13 @@ Plan = dict[str, LayerPlan]
 Build = Callable[[nn.Module, LayerPlan], nn.Module]
 
 
-def make_plan(model: nn.Module, divisor: int, keep: Iterable[str], example: Any, build: Build) -> Plan:
+def make_plan(
+    model: nn.Module, widths: Iterable[float], divisor: int, keep: Iterable[str], example: Any, build: Build
+) -> Plan:
     """What becomes of every layer of `model`, which is not touched.
 
     Args:
+        widths: which must be right; others are then too, as far as runs without data tell.
         divisor: what all layers keep a multiple of.
         keep: names of layers, or of modules whose layers, keep their outputs.
         example: an input, a tuple of them, or the shape of one; None guesses.
@@ -85,7 +90,7 @@ def make_plan(model: nn.Module, divisor: int, keep: Iterable[str], example: Any,
                 ) from None
             run = _follow_branches(model, kept, divisor, example, generators)
         plan = run.decide()
-        run.prove(plan, build, generators)
+        run.prove(plan, build, widths, generators)
     return plan
 
 
@@ -144,23 +149,23 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 
 def _guesses(model: nn.Module) -> Iterable[tuple]:
-    dtype = _dtype(model)
-    layers = (module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear))
-    first = next(layers, None)
-    if first is None:
-        first = next((m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv3d | nn.ConvTranspose2d)), None)
-    if first is None:
-        return
-    if isinstance(first, nn.Linear):
-        yield (torch.empty(2, first.in_features, device="meta", dtype=dtype),)
-        return
-    space = len(first.kernel_size)
-    channels = first.in_channels
-    start = time.thread_time()
+    dtype, start = _dtype(model), time.thread_time()
+    inputs = list(dict.fromkeys(_first_inputs(model)))
     for size in dict.fromkeys((*_SIZES, *range(1, 65), *range(72, 513, 8))):
-        yield (torch.empty(2, channels, *[size] * space, device="meta", dtype=dtype),)
-        if time.thread_time() - start > _SECONDS_OF_GUESSES:
+        for channels, space in inputs:
+            yield (torch.empty(2, channels, *[size] * space, device="meta", dtype=dtype),)
+        if time.thread_time() - start > _SECONDS_OF_GUESSES or not any(space for _, space in inputs):
             return
+
+
+def _first_inputs(model: nn.Module) -> Iterable[tuple[int, int]]:
+    """Channels and dimensions of space that an input may have: what the first layer reads, or images."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    others = [module for module in model.modules() if isinstance(module, nn.Conv1d | nn.Conv3d | nn.ConvTranspose2d)]
+    for first in (layers or others)[:1]:
+        yield (first.in_features, 0) if isinstance(first, nn.Linear) else (first.in_channels, len(first.kernel_size))
+    readers = {module.in_channels for module in layers if isinstance(module, nn.Conv2d)}
+    yield from ((channels, 2) for channels in (3, 1, 4) if channels in readers)
 
 
 # ---- the copy without data
@@ -231,6 +236,7 @@ class _Followed:
         self.kept: dict[str, str] = {}  # sources that are kept whole -> why
         self.groups: list[tuple[str, str]] = []  # a source and the grouped convolution that reads it
         self.reads: dict[str, tuple[str, int] | None] = {}
+        self.touched: dict[str, str] = {}  # parameters and buffers that code beside their layers reads -> where
         self.padded: set[str] = set()  # layers that read channels with zeros behind them
         self.records: dict[tuple, list] = {}
         self.outputs: dict[tuple, list] = {}
@@ -273,7 +279,7 @@ class _Followed:
             except Stopped as error:
                 raise _NeedsValues(f"{error} at {place_of_error(error, self.names)}") from error
 
-    def _run(self, arguments: tuple, training: bool, answer, generators, narrow: dict | None = None):
+    def _run(self, arguments: tuple, training: bool, answer, generators, narrow: dict | None = None, counts=None):
         generators.restart()
         key = (training, answer)
         follower = Follower(
@@ -284,10 +290,14 @@ class _Followed:
             **({} if narrow is None else {"expected": self.records[key], **narrow}),
         )
         modes = _set_modes(self.model, self.shadow, training)
-        with _handlers(self, follower, narrow is not None), modes, torch.inference_mode():
+        counted = nullcontext() if counts is None else CountedSizes(follower, counts)
+        with _handlers(self, follower, narrow is not None), modes, _autograd(training):
             try:
-                with follower:
+                with follower, counted:
                     outputs = self.shadow(*arguments)
+                    if training:
+                        with torch.no_grad():
+                            follower.follow_backward()
             except (Stopped, Differs, _Refused):
                 raise
             except Exception as error:  # anything a user's forward can raise
@@ -304,10 +314,11 @@ class _Followed:
                 found = {d.source for d in value.dimensions if isinstance(d, Channels)}
                 for source in sorted(found | value.sources):
                     self.kept.setdefault(source, "its output leaves the network")
+        self.touched |= follower.touched
         for source, use in follower.uses.items():
             self.uses.setdefault(source, use)
         self.records[key] = follower.record
-        self.outputs[key] = [tuple(x.shape) if isinstance(x, Tensor) else x for x in leaves]
+        self.outputs[key] = _shapes(leaves)
         return leaves
 
     # -- what a layer does to channels
@@ -385,7 +396,21 @@ class _Followed:
             elif root in self._kept_roots or name not in called:
                 kept = self.kept.get(name) or self._kept_roots.get(root, "keep")
             plan[name] = LayerPlan(slim, divisors.get(root, self.divisor), kept, reads)
+        self._refuse_touched(plan)
         return plan
+
+    def _refuse_touched(self, plan: Plan) -> None:
+        """A sub-network has the first part of a sliced layer's parameters, other code would read them whole."""
+        for tensor, where in self.touched.items():
+            name, _, key = tensor.rpartition(".")
+            found = plan.get(name)
+            if found is None or key == "num_batches_tracked":
+                continue
+            if not found.kept or (found.reads is not None and key == "weight"):
+                raise ValueError(
+                    f"convert needs a network whose layers alone read their parameters, got one that reads '{tensor}' "
+                    f"({where}), of which a sub-network has the first channels"
+                )
 
     def _spread_kept(self) -> None:
         """Whole channels make all those whole that share them, and both sides of a grouped convolution."""
@@ -429,7 +454,7 @@ class _Followed:
 
     # -- the narrow run
 
-    def prove(self, plan: Plan, build: Build, generators: UntouchedGenerators) -> None:
+    def prove(self, plan: Plan, build: Build, widths: Iterable[float], generators: UntouchedGenerators) -> None:
         """Run the copy with the layers that `build` makes for the plan, and compare with the run at full width."""
         slims = {name: build(self.layers[name], found) for name, found in plan.items()}
         swap(self.shadow, {id(self.layers[name]): slim for name, slim in slims.items()})
@@ -441,33 +466,58 @@ class _Followed:
             self.layers[name] = slim
         for name, slim in slims.items():
             self.parameters |= {id(tensor): f"{name}.{key}" for key, tensor in slim.named_parameters(recurse=False)}
-        for width in PROVEN_WIDTHS:
+        grid = self._counts_at_every_width(slims, widths)
+        modes = list(self.outputs)
+        for i, width in enumerate(dict.fromkeys((*PROVEN_WIDTHS, *widths))):
             for slim in slims.values():
                 slim._set_width(width)
+            # The other mode differs in a dropout or so: once is enough.
+            for mode in modes if i == 0 else [mode for mode in modes if mode[0] == self.model.training]:
+                self._prove_at(width, mode, grid, generators)
 
-            def width_of(source: str) -> int:
-                return self.layers[source]._out.shape[0]
+    def _prove_at(self, width: float, mode: tuple, grid: dict[float, dict[str, int]], generators) -> None:
+        @functools.cache
+        def counts(source: str) -> tuple[tuple[int, ...], int]:
+            return tuple(found[source] for found in grid.values()), now
 
-            for (training, answer), outputs in self.outputs.items():
-                if training != self.model.training and width != PROVEN_WIDTHS[0]:
-                    continue  # the other mode differs in a dropout or so: once is enough
-                narrow = {"width_of": width_of, "kept": self._kept_roots}
-                try:
-                    leaves = self._run(self.arguments, training, answer, generators, narrow)
-                except (Differs, _Shapes, Stopped) as error:
-                    what = str(error)
-                    if not isinstance(error, _Shapes):
-                        what += f", at {place_of_error(error, self.names)}"
-                    raise ValueError(
-                        f"convert needs a network that computes the same at every width, got one that at width {width} "
-                        f"{'fails: ' if isinstance(error, _Shapes) else ''}{what}"
-                    ) from None
-                found = [tuple(x.shape) if isinstance(x, Tensor) else x for x in leaves]
-                if found != outputs:
-                    raise ValueError(
-                        f"convert needs outputs of the same shape at every width, got {found} at width {width} and "
-                        f"{outputs} at width 1"
-                    )
+        now = list(grid).index(width)
+        narrow = {"width_of": grid[width].__getitem__, "kept": self._kept_roots}
+        training, answer = mode
+        try:
+            leaves = self._run(self.arguments, training, answer, generators, narrow, counts)
+        except (Differs, _Shapes, Stopped) as error:
+            what = str(error)
+            if not isinstance(error, _Shapes):
+                what += f", at {place_of_error(error, self.names)}"
+            raise ValueError(
+                f"convert needs a network that computes the same at every width, got one that at width {width} "
+                f"{'fails: ' if isinstance(error, _Shapes) else ''}{what}"
+            ) from None
+        found, outputs = _shapes(leaves), self.outputs[mode]
+        if found != outputs:
+            raise ValueError(
+                f"convert needs outputs of the same shape at every width, got {found} at width {width} and "
+                f"{outputs} at width 1"
+            )
+
+    def _counts_at_every_width(self, slims: dict[str, nn.Module], widths: Iterable[float]) -> dict:
+        """Width -> layer -> its output channels, for all the widths of a fine grid that leave every layer a channel."""
+        grid = {}
+        for width in sorted({*PROVEN_WIDTHS, *widths, *(i / _GRID for i in range(1, _GRID + 1))}):
+            try:
+                for slim in slims.values():
+                    slim._set_width(width)
+            except ValueError:
+                if width in widths:
+                    raise
+                continue
+            made = {name: slim for name, slim in slims.items() if not isinstance(slim, SlimBatchNorm2d)}
+            grid[width] = {name: slim._out.shape[0] for name, slim in made.items()}
+        return grid
+
+
+def _shapes(leaves: list) -> list:
+    return [tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
 class _Refused(ValueError):
@@ -502,6 +552,17 @@ def _set_modes(model: nn.Module, shadow: nn.Module, training: bool):
     finally:
         for module, mode in before.items():
             module.training = mode
+
+
+@contextmanager
+def _autograd(training: bool):
+    """A network is trained with gradients and used without; autograd itself would take operators to pieces."""
+    if training:
+        with torch.inference_mode(False), torch._C._AutoDispatchBelowADInplaceOrView(), torch.enable_grad():
+            yield
+    else:
+        with torch.inference_mode():
+            yield
 
 
 def _output_leaves(outputs, seen: tuple = ()) -> list:
@@ -613,7 +674,7 @@ def _convolution(run: _Followed, follower: Follower, name: str, module: nn.Conv2
                         run.classes.join(source.source, name)
             return tuple(out if p == position else None for p in range(len(found)))
 
-        return follower.layer(name, x, make, dimensions)
+        return follower.layer(module, x, make, dimensions)
 
     return forward
 
@@ -652,7 +713,7 @@ def _linear(run: _Followed, follower: Follower, name: str, module: nn.Linear, na
             before = tuple(d if isinstance(d, Channels) else None for d in found[:-1])
             return (*before, run.makes_channels(name, module.out_features))
 
-        return follower.layer(name, x, make, dimensions)
+        return follower.layer(module, x, make, dimensions)
 
     return forward
 
@@ -679,7 +740,7 @@ def _batch_norm(run: _Followed, follower: Follower, name: str, module: nn.BatchN
                 follower.mix({source.source}, "normalises, padded with zeros,")
             return tuple(source if p == 1 else None for p in range(4))
 
-        y = follower.layer(name, x, make, dimensions)
+        y = follower.layer(module, x, make, dimensions)
         return y if residual is None else y + residual
 
     return forward

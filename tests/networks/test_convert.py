@@ -276,6 +276,39 @@ def shuffle(x):
     return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
 
 
+def centred(x):
+    return x - x.mean(1, keepdim=True)
+
+
+def with_hook(hook):
+    def function(x):
+        y = x * 1
+        if y.requires_grad:
+            y.register_hook(hook)
+        return y
+
+    return function
+
+
+class Backward(torch.autograd.Function):
+    """Twice its input, with a backward pass of its own that reads the output."""
+
+    @staticmethod
+    def forward(ctx, x, backward):
+        y = x * 2
+        ctx.save_for_backward(y)
+        ctx.function = backward
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.function(*ctx.saved_tensors, gradient), None
+
+    @classmethod
+    def of(cls, backward):
+        return lambda x: cls.apply(x, backward)
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
@@ -319,7 +352,22 @@ def shuffle(x):
             Apply(lambda x: x.reshape(x.shape[0] * 2, -1, *x.shape[2:]).reshape_as(x)),
             "rearranges, by a view or a reshape",
         ),
-        (Apply(lambda x: x * 2 if x.shape[1] > 5 else x), "computes something else than at width 1"),
+        (Apply(lambda x: x * 2 if x.shape[1] > 5 else x), "compares 4 with 5, which turns out differently at another"),
+        (Apply(lambda x: x * 2 if x.size(1) == 3 else x), "compares 4 with 3, .* 3 with 3, at '1'"),
+        (Apply(lambda x: x * 2 if x.shape[-3] // 2 < 2 else x), "compares 2 with 2, .* 0 with 2"),
+        (Apply(lambda x: x * 2 if x.size(dim=1) % 3 == 0 else x), "compares 1 with 0, .* 0 with 0"),
+        (Apply(lambda x: x * 2 if x.numel() < 300000 else x), "compares 401408 with 300000, .* 100352 with"),
+        (Apply(lambda x: x * 2 if x.shape[1] / 8 < 0.25 else x), r"compares 0.5 with 0.25, .* 0.125 with 0.25"),
+        (Apply(lambda x: x * {8: 1, 4: 1, 3: 2}.get(x.shape[1], 1)), "compares 4 with 4, which"),
+        (Apply(lambda x: x * float(max(x.shape[1], 6))), "compares 6 with 4, .* 6 with 8|compares 4 with 6, "),
+        (Apply(lambda x: centred(x) if torch.is_grad_enabled() else x), "computes a mean over"),
+        (Apply(lambda x: x if torch.is_grad_enabled() else centred(x)), "computes a mean over"),
+        (Apply(lambda x: centred(x) if x.requires_grad else x), "computes a mean over"),
+        (Apply(lambda x: x if x.requires_grad else centred(x)), "computes a mean over"),
+        (Apply(lambda x: centred(x) if torch.is_inference_mode_enabled() else x), "computes a mean over"),
+        (Apply(with_hook(lambda gradient: centred(gradient))), r"computes a mean over the channels of '0' \(test_conv"),
+        (Apply(Backward.of(lambda y, gradient: centred(gradient))), "computes a mean over"),
+        (Apply(Backward.of(lambda y, gradient: gradient * y.softmax(1))), "computes a softmax over"),
         (Apply(lambda x: x * torch.tensor(float(x.shape[1]))), "computes with other values than at width 1"),
         (Apply(lambda x: x * torch.full((1,), x.shape[1])), "number that depends on the number of channels"),
         (Apply(lambda x: x * torch.ones(x.shape[1]).sum()), "number that depends on the number of channels"),
@@ -357,6 +405,10 @@ def test_layers_that_are_refused_by_name(layer, message):
         Apply(lambda x: x + torch.zeros(x.shape, dtype=x.dtype)),
         Apply(lambda x: torch.cat([x, x], 2)),
         Apply(lambda x: x.flatten(2).softmax(-1).view_as(x)),
+        Apply(lambda x: x.view(*x.shape[:2], -1).view(x.shape) if x.size(1) >= 1 and x.shape == x.relu().shape else x),
+        Apply(lambda x: x * 2 if x.shape[2] % 2 else x),
+        Apply(with_hook(lambda gradient: gradient * 1)),
+        Apply(Backward.of(lambda y, gradient: gradient * 2 * y.detach().exp() / y.detach().exp())),
     ],
     ids=lambda layer: type(layer).__name__,
 )
@@ -515,6 +567,57 @@ def test_the_example_is_an_input_its_shape_or_arguments():
     assert gk.convert(flat, example=(2, 3, 5, 7))[0].slim_out
     with pytest.raises(ValueError, match="example must be a tensor, a tuple of arguments or a shape, got str"):
         gk.convert(classifier(), example="x")
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (lambda m: m.norm.running_mean.mean(), r"reads 'norm.running_mean' \(the model itself \(Reads\), test_conv"),
+        (lambda m: m.conv.weight.square().sum(), "reads 'conv.weight'"),
+        (lambda m: m.head.weight[0, 0], "reads 'head.weight'"),
+        (lambda m: m.conv.bias.sum(), "reads 'conv.bias'"),
+        (lambda m: m.head.bias.sum(), None),
+        (lambda m: m.norm.num_batches_tracked, None),
+        (lambda m: m.spare.weight.sum(), None),
+    ],
+)
+def test_code_that_reads_the_parameters_of_sliced_layers(number, message):
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 2)
+            self.spare = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.head(self.norm(self.conv(x)).mean((2, 3))) + number(self)
+
+    if message is None:
+        assert gk.convert(Reads()).conv.slim_out
+        return
+    with pytest.raises(ValueError, match=message):
+        gk.convert(Reads())
+
+
+def test_an_image_is_guessed_whatever_layer_comes_first():
+    class Late(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.head, self.body, self.stem = nn.Linear(8, 2), nn.Conv2d(8, 8, 3), nn.Conv2d(channels, 8, 3)
+
+        def forward(self, x):
+            return self.head(self.body(self.stem(x)).mean((2, 3)))
+
+    for channels in (1, 3, 4):
+        assert gk.convert(Late(channels)).stem.slim_out
+
+
+def test_every_width_asked_for_is_tried():
+    def pooled(x):
+        return x * 2 if int(x.shape[1]) == 3 else x
+
+    gk.convert(classifier(Apply(pooled)))
+    with pytest.raises(ValueError, match=r"at width 0\.375 computes"):
+        gk.convert(classifier(Apply(pooled)), widths=(0.375, 1.0))
 
 
 def test_nothing_is_drawn_computed_or_kept():
