@@ -9,15 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import assert_as_accurate
-from support.cases import NCHW, NHWC, ConvCase, conv_cases
+from support.cases import NCHW, NHWC, SOME_CONVS, ConvCase, conv_cases, named
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 import gradaug_kernels as gk
 
-CASES = conv_cases()
+CASES = named(*conv_cases())
 # Larger than one block of any kernel, with the counts that sub-networks have: multiples of nothing.
-LARGE = [
+LARGE = named(
     ConvCase("large 1x1", 2, (17, 19), (301, 187), (1, 1), padding=(0, 0)),
     ConvCase("large 1x1, few input channels", 3, (21, 22), (37, 109), (1, 1), padding=(0, 0)),
     ConvCase("large 1x1, five channels to 61", 2, (21, 22), (5, 61), (1, 1), padding=(0, 0), x_layout="wide"),
@@ -47,7 +47,40 @@ LARGE = [
     ConvCase("large depthwise", 2, (29, 31), (187, 187), groups=187, wider=(0, 5)),
     ConvCase("large depthwise on wide rows", 1, (40, 150), (37, 37), stride=(2, 1), groups=37, wider=(0, 5)),
     ConvCase("large depthwise 5x5", 2, (30, 29), (93, 93), (5, 5), (2, 2), (2, 2), groups=93, wider=(0, 5)),
-]
+)
+SOME_LARGE = (
+    "large 1x1",
+    "large 1x1, five channels to 61",
+    "large 3x3",
+    "large 3x3, small image",
+    "few pixels 1x1, odd channels",
+    "few pixels 1x1, padding",
+    "few pixels 3x2, dilation 2",
+    "one pixel",
+    "large stem to 16 channels",
+    "many 3x3 tiles",
+    "many 3x3 tiles of 100 channels",
+    "several blocks of 3x3 tiles",
+    "large groups",
+    "large depthwise",
+    "large depthwise 5x5",
+)
+TRACED = (
+    "1x1",
+    "1x1 with padding",
+    "3x3",
+    "3x3 with dilation 2",
+    "3x3 from one channel to one",
+    "3x3 on swapped rows and columns",
+    "3x3 of an empty batch",
+    "1x1 in 3 groups",
+    "depthwise 5x5, stride 2",
+    "depthwise on a channel slice",
+    "depthwise of 67 channels on wide rows",
+    "depthwise 3x5 with asymmetric geometry",
+    "depthwise on a channel slice, stride 2",
+    "5x5 in 6 groups of 4 channels",
+)
 
 
 def with_cases(cases):
@@ -136,26 +169,26 @@ def check_gradients(case: ConvCase, dtype: torch.dtype) -> None:
 
 
 @all_dtypes
-@with_cases(CASES)
+@with_cases(CASES.values())
 def test_forward_is_as_accurate_as_torch(case, dtype):
     check_forward(case, dtype)
 
 
 @all_dtypes
-@with_cases(CASES)
+@with_cases(CASES.values())
 def test_gradients_are_as_accurate_as_torch(case, dtype):
     check_gradients(case, dtype)
 
 
 @fast_dtypes
-@with_cases(LARGE)
+@with_cases(LARGE.values())
 def test_several_blocks(case, dtype):
     check_forward(case, dtype)
     check_gradients(case, dtype)
 
 
 @with_dtypes(torch.bfloat16, torch.float16)
-@with_cases([*CASES, *LARGE[::2]])
+@with_cases([*CASES.values(), *(LARGE[name] for name in SOME_LARGE)])
 def test_float32_parameters_are_rounded_as_they_are_read(case, dtype):
     x, weight, bias = case.tensors(torch.float32)
     x = x.to(dtype)
@@ -170,7 +203,7 @@ def test_float32_parameters_are_rounded_as_they_are_read(case, dtype):
     assert_as_accurate(dx, torch_gradients(case, x, rounded[0], dy)[0], exact_dx, gradient=True)
 
 
-@with_cases(CASES)
+@with_cases(CASES.values())
 def test_float64(case):
     x, weight, bias = case.tensors(torch.float64)
     close = {"rtol": 1e-12, "atol": 1e-12}
@@ -182,7 +215,7 @@ def test_float64(case):
 
 
 @fast_dtypes
-@with_cases([*CASES[::8], *LARGE])
+@with_cases([*(CASES[name] for name in SOME_CONVS), *LARGE.values()])
 def test_weight_gradient_is_added_to_the_buffer(case, dtype):
     x, weight, _ = case.tensors(dtype)
     dy = output_gradient(case, x, weight)
@@ -193,7 +226,7 @@ def test_weight_gradient_is_added_to_the_buffer(case, dtype):
 
 
 @fast_dtypes
-@with_cases([*CASES[::8], *LARGE])
+@with_cases([*(CASES[name] for name in SOME_CONVS), *LARGE.values()])
 def test_repeats_are_equal(case, dtype):
     x, weight, bias = case.tensors(dtype)
     dy = output_gradient(case, x, weight)
@@ -207,7 +240,7 @@ def test_repeats_are_equal(case, dtype):
 
 
 @all_dtypes
-@with_cases(CASES[::4])
+@with_cases([CASES[name] for name in SOME_CONVS])
 def test_expanded_output_gradient(case, dtype):
     """y.sum().backward() hands over a dy whose strides are all zero."""
     x, weight, _ = case.tensors(dtype)
@@ -222,7 +255,7 @@ def test_expanded_output_gradient(case, dtype):
 # ---- autograd
 
 
-@with_cases(CASES)
+@with_cases(CASES.values())
 def test_gradcheck(case):
     x, weight, bias = (None if t is None else t.nan_to_num().requires_grad_() for t in case.tensors(torch.float64))
     small = max(x.numel(), weight.numel()) < 60
@@ -230,7 +263,7 @@ def test_gradcheck(case):
 
 
 def test_gradients_of_the_function():
-    case = CASES[9]
+    case = CASES["1x1 on one pixel"]
     x, weight, bias = (None if t is None else t.nan_to_num().requires_grad_() for t in case.tensors(torch.float32))
     y = forward(case, x, weight, bias)
     dy = torch.randn_like(y)
@@ -239,7 +272,7 @@ def test_gradients_of_the_function():
     assert torch.equal(dweight, weight_grad(case, x.detach(), dy, torch.zeros_like(weight)))
 
 
-@with_cases(CASES[::5])
+@with_cases([CASES[name] for name in TRACED])
 def test_opcheck(case):
     x, weight, bias = (None if t is None else t.nan_to_num() for t in case.tensors(torch.float32))
     dy = output_gradient(case, x, weight)
@@ -254,17 +287,18 @@ def test_opcheck(case):
 @pytest.mark.parametrize("buffer_dtype", [torch.float32, torch.bfloat16])
 def test_inside_autocast(buffer_dtype):
     """The forward is cast like F.conv2d; the gradient kernels compute in the dtype that they are given."""
-    x, weight, _ = CASES[0].tensors(torch.float32)
+    case = CASES["1x1"]
+    x, weight, _ = case.tensors(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        y = forward(CASES[0], x, weight, None)
+        y = forward(case, x, weight, None)
     assert y.dtype == torch.bfloat16
-    assert torch.equal(y, forward(CASES[0], x.bfloat16(), weight, None))
+    assert torch.equal(y, forward(case, x.bfloat16(), weight, None))
     dy = torch.randn(y.shape)
     with torch.autocast("cpu", torch.bfloat16):
-        dx = input_grad(CASES[0], x, weight, dy)
-        dweight = weight_grad(CASES[0], x, dy, torch.zeros_like(weight, dtype=buffer_dtype))
-    assert torch.equal(dx, input_grad(CASES[0], x, weight, dy))
-    assert torch.equal(dweight, weight_grad(CASES[0], x, dy, torch.zeros_like(weight, dtype=buffer_dtype)))
+        dx = input_grad(case, x, weight, dy)
+        dweight = weight_grad(case, x, dy, torch.zeros_like(weight, dtype=buffer_dtype))
+    assert torch.equal(dx, input_grad(case, x, weight, dy))
+    assert torch.equal(dweight, weight_grad(case, x, dy, torch.zeros_like(weight, dtype=buffer_dtype)))
 
 
 # ---- which kernels run
@@ -272,11 +306,12 @@ def test_inside_autocast(buffer_dtype):
 
 def torch_convolutions(dtype: torch.dtype) -> set[str]:
     """PyTorch's own convolutions that a dense NHWC case calls, forward and backward."""
-    x, weight, _ = CASES[0].tensors(dtype)
+    case = CASES["1x1"]
+    x, weight, _ = case.tensors(dtype)
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
     weight = weight.contiguous(memory_format=torch.channels_last).requires_grad_()
     with torch.profiler.profile() as profile:
-        y = forward(CASES[0], x, weight, None)
+        y = forward(case, x, weight, None)
         y.backward(torch.randn(y.shape).contiguous(memory_format=torch.channels_last))
     return {event.name for event in profile.events() if event.name.startswith("aten::") and "conv" in event.name}
 

@@ -3,13 +3,27 @@
 import pytest
 import torch
 from ops.test_slim_norm_conv2d import leaves_of, norm_conv, output_gradient, with_cases
-from support.cases import ConvCase, conv_cases
+from support.cases import ConvCase, conv_cases, named
 from support.torch_norm_conv import EPS, options_for
 from torch import Tensor
 
 import gradaug_kernels as gk
 
-CASES = conv_cases()
+CASES = named(*conv_cases())
+TRACED = (
+    "1x1",
+    "1x1 with a stride of 3 rows",
+    "3x3 of 129 channels",
+    "3x3 on one pixel",
+    "3x3 on a channel slice",
+    "3x3 of an empty batch",
+    "4 groups on NCHW",
+    "depthwise with dilation",
+    "channel multiplier 2",
+    "depthwise with stride 2 and dilation 2",
+    "depthwise on a channel slice, stride 2",
+    "3 groups of 16 channels, dilation 2",
+)
 OPS = torch.ops.gradaug
 
 
@@ -68,7 +82,7 @@ def gradients_in_float64(case, options, leaves, out, normalise, dy):
 @pytest.mark.parametrize("buffer", [False, True])
 @pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
-@with_cases(CASES[::2])
+@with_cases(CASES.values())
 def test_recomputing_equals_the_operators_one_after_the_other(case, dtype, normalise, buffer):
     """Results to the bit. What backward makes again it normalises with statistics that were rounded to float32."""
     options = options_for(case)
@@ -97,7 +111,7 @@ def test_recomputing_equals_the_operators_one_after_the_other(case, dtype, norma
 
 
 def test_recomputing_saves_the_inputs_and_the_result():
-    case = next(case for case in CASES if case.name == "1x1")
+    case = CASES["1x1"]
     options = options_for(case)
     leaves = leaves_of(options.tensors(case, torch.float32))
     out = (None, None, None, None, None, True)
@@ -108,7 +122,7 @@ def test_recomputing_saves_the_inputs_and_the_result():
     assert large == {leaves[0].data_ptr(), leaves[5].data_ptr(), y.data_ptr()}
 
 
-@with_cases(CASES[::6])
+@with_cases([CASES[name] for name in TRACED])
 def test_recomputing_gradcheck_and_opcheck(case):
     options = options_for(case)
     x, gamma, beta, mean, var, weight, bias = leaves = leaves_of(options.tensors(case, torch.float64))
@@ -131,7 +145,7 @@ def test_recomputing_gradcheck_and_opcheck(case):
 
 
 def test_recomputing_inside_autocast():
-    case = next(case for case in CASES if case.name == "1x1")
+    case = CASES["1x1"]
     options = options_for(case)
     leaves = leaves_of(options.tensors(case, torch.float32))
     with torch.autocast("cpu", torch.bfloat16):

@@ -4,17 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import assert_as_accurate
-from support.cases import LinearCase, linear_cases
+from support.cases import LinearCase, linear_cases, named
 from torch import Tensor
 
 import gradaug_kernels as gk
 
-CASES = linear_cases()
-LARGE = [
+CASES = named(*linear_cases())
+LARGE = named(
     LinearCase("large", (131,), 517, 303),
     LinearCase("classifier", (32,), 1283, 1000, wider=(5, 0)),
     LinearCase("large, transposed weight", (67,), 301, 203, weight_layout="columns"),
-]
+)
 
 
 def with_cases(cases):
@@ -59,7 +59,7 @@ def doubles(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 @all_dtypes
-@with_cases([*CASES, *LARGE])
+@with_cases([*CASES.values(), *LARGE.values()])
 def test_forward_is_as_accurate_as_torch(case, dtype):
     x, weight, bias = case.tensors(dtype)
     y = forward(case, x, weight, bias)
@@ -69,7 +69,7 @@ def test_forward_is_as_accurate_as_torch(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
-@with_cases([*CASES, *LARGE])
+@with_cases([*CASES.values(), *LARGE.values()])
 def test_float32_parameters_are_rounded_as_they_are_read(case, dtype):
     x, weight, bias = case.tensors(torch.float32)
     x, rounded = x.to(dtype), (weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -84,7 +84,7 @@ def test_float32_parameters_are_rounded_as_they_are_read(case, dtype):
 
 
 @all_dtypes
-@with_cases([*CASES, *LARGE])
+@with_cases([*CASES.values(), *LARGE.values()])
 def test_gradients_are_as_accurate_as_torch(case, dtype):
     x, weight, _ = case.tensors(dtype)
     dy = output_gradient(case, x)
@@ -107,7 +107,7 @@ def test_gradients_are_as_accurate_as_torch(case, dtype):
 
 
 @all_dtypes
-@with_cases(CASES)
+@with_cases(CASES.values())
 def test_expanded_output_gradient(case, dtype):
     """y.sum().backward() hands over a dy whose strides are all zero."""
     x, weight, _ = case.tensors(dtype)
@@ -119,7 +119,7 @@ def test_expanded_output_gradient(case, dtype):
     assert_as_accurate(case.slice(dweight), torch_dw, exact_dw, gradient=True)
 
 
-@with_cases(CASES)
+@with_cases(CASES.values())
 def test_gradcheck(case):
     x, weight, bias = (None if t is None else t.nan_to_num().requires_grad_() for t in case.tensors(torch.float64))
     small = max(x.numel(), weight.numel()) < 60
@@ -127,7 +127,7 @@ def test_gradcheck(case):
 
 
 def test_weight_gradient_is_added_to_the_buffer():
-    case = LARGE[0]
+    case = LARGE["large"]
     x, weight, _ = case.tensors(torch.bfloat16)
     dy = output_gradient(case, x)
     buffer = torch.zeros_like(weight, dtype=torch.float32)
@@ -135,7 +135,18 @@ def test_weight_gradient_is_added_to_the_buffer():
     torch.testing.assert_close(weight_grad(x, dy, buffer), 2 * once)
 
 
-@with_cases(CASES[::3])
+@with_cases(
+    [
+        CASES[name]
+        for name in (
+            "a slice",
+            "7 to 129",
+            "more batch dimensions",
+            "rows of a wider tensor",
+            "a transposed weight",
+        )
+    ]
+)
 def test_opcheck(case):
     x, weight, bias = (None if t is None else t.nan_to_num() for t in case.tensors(torch.float32))
     dy = output_gradient(case, x)
@@ -148,10 +159,11 @@ def test_opcheck(case):
 
 def test_inside_autocast():
     """The forward is cast like F.linear; the gradient kernels compute in the dtype that they are given."""
-    x, weight, _ = CASES[0].tensors(torch.float32)
+    case = CASES["a slice"]
+    x, weight, _ = case.tensors(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        y = forward(CASES[0], x, weight, None)
-    assert torch.equal(y, forward(CASES[0], x.bfloat16(), weight.bfloat16(), None))
+        y = forward(case, x, weight, None)
+    assert torch.equal(y, forward(case, x.bfloat16(), weight.bfloat16(), None))
     dy = torch.randn(y.shape)
     with torch.autocast("cpu", torch.bfloat16):
         dx = input_grad(x, weight, dy)

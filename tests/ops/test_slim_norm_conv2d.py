@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from support.cases import ConvCase, conv_cases
+from support.cases import SOME_CONVS, ConvCase, conv_cases, named
 from support.torch_norm_conv import EPS, assert_moments, check_results, options_for, torch_results
 from torch import Tensor
 
 import gradaug_kernels as gk
 
-CASES = conv_cases()
-SOME = CASES[::4]
+CASES = named(*conv_cases())
+SOME = [CASES[name] for name in SOME_CONVS]
 OPS = torch.ops.gradaug
 
 
@@ -62,7 +62,7 @@ def gradients(case, options, tensors, dy=None, **more) -> dict[str, Tensor]:
 
 
 @all_dtypes
-@with_cases(CASES)
+@with_cases(CASES.values())
 def test_as_accurate_as_torch(request, case, dtype):
     if case.name == "depthwise on one pixel" and dtype == torch.float32:
         # A known miss, which other processors' rounding may hide.
@@ -90,7 +90,7 @@ def test_as_accurate_as_torch(request, case, dtype):
     )
 
 
-@with_cases(CASES)
+@with_cases(CASES.values())
 def test_gradcheck(case):
     options = options_for(case)
     tensors = leaves_of(options.tensors(case, torch.float64))
@@ -147,7 +147,7 @@ def test_weight_gradient_is_added_to_a_buffer(case, buffer_dtype):
 
 
 def test_saves_x_and_no_activation():
-    case = next(case for case in CASES if case.name == "3x3")
+    case = CASES["3x3"]
     options = options_for(case)
     leaves = leaves_of(options.tensors(case, torch.float32))
     saved = []
@@ -182,7 +182,7 @@ def test_opcheck(case):
 @pytest.mark.parametrize("buffer", [False, True])
 def test_inside_autocast(buffer):
     """x and weight are cast as F.conv2d casts them; the norm's parameters stay float32."""
-    case = next(case for case in CASES if case.name == "3x3")
+    case = CASES["3x3"]
     options = options_for(case)
     leaves = leaves_of(options.tensors(case, torch.float32))
     x, gamma, beta, mean, var, weight, bias = leaves
@@ -235,7 +235,7 @@ def test_statistics_of_a_large_mean(dtype):
 
 
 def test_statistics_leave_the_gradients_alone():
-    case = next(case for case in CASES if case.bias and case.groups == 1 and case.batch)
+    case = CASES["1x1 to 129 channels"]
     tensors = [t.nan_to_num().requires_grad_() for t in case.tensors(torch.float64)]
     weight_grad = torch.zeros_like(tensors[1], requires_grad=False)
     arguments = (*tensors, case.out_channels, *case.geometry)

@@ -147,6 +147,36 @@ def conv_cases() -> list[ConvCase]:
     ]
 
 
+def named(*cases) -> dict:
+    """{name: case}, by which tests choose some of them."""
+    found = {case.name: case for case in cases}
+    assert len(found) == len(cases), "cases must have names of their own"
+    return found
+
+
+# Of each kind some, for what takes long or hardly depends on the case.
+SOME_CONVS = (
+    "1x1",
+    "1x1 with stride 2",
+    "1x1 on NCHW",
+    "3x3 of 129 channels",
+    "3x3 without padding",
+    "3x3 from one channel to one",
+    "3x3 on a channel slice",
+    "3x1 with stride 3 and padding 2",
+    "2 groups",
+    "4 groups on NCHW",
+    "depthwise 5x5, stride 2",
+    "depthwise on NCHW with OIHW",
+    "channel multiplier 2",
+    "depthwise 5x5 on one column",
+    "depthwise 7x7",
+    "depthwise on a channel slice, stride 2",
+    "3 groups of 8 channels",
+    "groups of an empty batch",
+)
+
+
 @dataclass(frozen=True)
 class LinearCase:
     """One linear layer of the sub-network `weight[:out, :features]`."""
