@@ -3,9 +3,9 @@
 Each training step runs the full network on a batch, and then a few sub-networks of random width on randomly
 transformed copies of it, which learn to give the full network's answer. All gradients are summed:
 
-    z_0 = N(x),  t = softmax(z_0),  L_0 = cross_entropy(z_0, y)
-    w_1 = alpha,  w_2 ... w_n ~ Uniform(alpha, 1)
-    L_i = KL(t || softmax(N_{w_i}(T_i(x))))
+    z_0 = N(x),  L_0 = cross_entropy(z_0, y),  t = softmax(z_0)
+    w_1 >= ... >= w_n = alpha,  the others ~ Uniform(alpha, 1)
+    x_i = T_i(x),  z_i = N_{w_i}(x_i),  L_i = KL(t || softmax(z_i))
     step along the gradient of L_0 + L_1 + ... + L_n,  t held constant
 """
 
@@ -133,23 +133,14 @@ class GradAug:
     ):
         if num_subnets < 0:
             raise ValueError(f"num_subnets must be at least 0, got {num_subnets}")
-        if reduction not in ("sum", "mean"):
-            raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
-        if resolutions is not None and (len(resolutions) == 0 or min(resolutions) < 1):
-            raise ValueError(f"resolutions must be positive numbers of pixels, got {tuple(resolutions)}")
-        if distinct_transforms and len(transforms) < num_subnets:
-            raise ValueError(f"transforms must be at least {num_subnets} to be distinct, got {len(transforms)}")
-        if not callable(subnet_loss) and subnet_loss != "cross_entropy":
-            raise ValueError(f"subnet_loss must be callable or 'cross_entropy', got {subnet_loss!r}")
-        if not temperature > 0 or (temperature != 1 and subnet_loss == "cross_entropy"):
-            raise ValueError(f"temperature must be positive, and 1 for subnet_loss 'cross_entropy', got {temperature}")
-        subnet_weights = (subnet_weight,) * num_subnets if isinstance(subnet_weight, float | int) else subnet_weight
-        if len(subnet_weights) != num_subnets or min(subnet_weights, default=0) < 0:
+        _check_one_of("reduction", reduction, ("sum", "mean"))
+        _check_images(resolutions, transforms, distinct_transforms, num_subnets)
+        _check_subnet_loss(subnet_loss, temperature)
+        weights = (subnet_weight,) * num_subnets if isinstance(subnet_weight, float | int) else subnet_weight
+        if len(weights) != num_subnets or min(weights, default=0) < 0:
             raise ValueError(f"subnet_weight must be one or {num_subnets} numbers of at least 0, got {subnet_weight}")
-        if on_nonfinite not in ("skip", "raise"):
-            raise ValueError(f"on_nonfinite must be 'skip' or 'raise', got {on_nonfinite!r}")
-        if frozen_norm not in ("batch", "full"):
-            raise ValueError(f"frozen_norm must be 'batch' or 'full', got {frozen_norm!r}")
+        _check_one_of("on_nonfinite", on_nonfinite, ("skip", "raise"))
+        _check_one_of("frozen_norm", frozen_norm, ("batch", "full"))
         _check_model_and_optimizer(model, optimizer)
         if num_subnets > 0 and getattr(model, "static_graph", False):
             raise ValueError("model must be in DistributedDataParallel without static_graph, got one with it")
@@ -165,7 +156,7 @@ class GradAug:
         self.subnet_loss = subnet_loss
         self.temperature = temperature
         self.loss_weight = 1.0 if reduction == "sum" else 1.0 / (1 + num_subnets)
-        self.subnet_weights = tuple(self.loss_weight * weight for weight in subnet_weights)
+        self.subnet_weights = tuple(self.loss_weight * weight for weight in weights)
         self.scheduler = scheduler
         self.autocast_dtype = autocast_dtype
         self.accumulation = AccumulateIntoGrad(model, autocast_dtype) if accumulate else None
@@ -192,31 +183,31 @@ class GradAug:
             raise TypeError(f"images must be floating point (normalised), got {images.dtype}")
         if self.resolutions is not None and images.shape[-1] != images.shape[-2]:
             raise ValueError(f"images must be square to be resized, got {images.shape[-2]} x {images.shape[-1]} pixels")
+        x, y = images, targets
         draws = tuple(self.draw() if draws is None else draws)
         losses = {}
 
         with self._passes():
-            with self._network(None, last=not draws):
-                z_0 = self._logits(images)
-                loss = self.criterion(self._in_full_precision(z_0), targets)
-                (self.loss_weight * loss).backward()
-            losses["loss of the full network"] = loss.detach()
-            logits = z_0.detach()
-            teacher = F.softmax(self._in_full_precision(logits) / self.temperature, dim=1)
+            with self._network(None, last=not draws) as N:
+                z_0 = N(x)
+                L_0 = self._full_loss(z_0, y)
+                (self.loss_weight * L_0).backward()
+            losses["loss of the full network"] = L_0.detach()
+            t = self._teacher(z_0.detach())
 
-            transformed = self._transformed(images, draws)
-            for i, (draw, x_i, weight) in enumerate(zip(draws, transformed, self.subnet_weights, strict=True), 1):
-                with self._network(draw.subnet, last=i == len(draws)):
-                    z_i = self._logits(x_i)
-                    loss = self._subnet_loss(teacher, self._in_full_precision(z_i), targets)
-                    (weight * loss).backward()
-                losses[f"loss of sub-network {i}"] = loss.detach()
+            subnets = zip(draws, self._transformed(x, draws), self.subnet_weights, strict=True)
+            for i, (draw, x_i, weight) in enumerate(subnets, 1):
+                with self._network(draw.subnet, last=i == len(draws)) as N_wi:
+                    z_i = N_wi(x_i)
+                    L_i = self._subnet_loss(z_i, t, y)
+                    (weight * L_i).backward()
+                losses[f"loss of sub-network {i}"] = L_i.detach()
 
         skipped = self.whole_step.take(losses)
         if self.scheduler is not None:
             self.scheduler.step()
         full_loss, *subnet_losses = losses.values()
-        return StepLosses(full_loss, tuple(subnet_losses), logits, draws, skipped)
+        return StepLosses(full_loss, tuple(subnet_losses), z_0.detach(), draws, skipped)
 
     @property
     def skipped(self) -> int:
@@ -254,13 +245,19 @@ class GradAug:
             raise TypeError(f"model must return logits [N, classes, ...] as a tensor, got {type(logits).__name__}")
         return logits
 
+    def _full_loss(self, z: Tensor, y: Tensor) -> Tensor:
+        return self.criterion(self._in_full_precision(z), y)
+
+    def _teacher(self, z: Tensor) -> Tensor:
+        return F.softmax(self._in_full_precision(z) / self.temperature, dim=1)
+
+    def _subnet_loss(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if self.subnet_loss == "cross_entropy":
+            return self._full_loss(z, y)
+        return self.temperature**2 * self.subnet_loss(t, self._in_full_precision(z) / self.temperature)
+
     def _in_full_precision(self, logits: Tensor) -> Tensor:
         return logits if self.autocast_dtype is None else logits.float()
-
-    def _subnet_loss(self, teacher: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-        if self.subnet_loss == "cross_entropy":
-            return self.criterion(logits, targets)
-        return self.temperature**2 * self.subnet_loss(teacher, logits / self.temperature)
 
     @contextmanager
     def _passes(self):
@@ -287,7 +284,7 @@ class GradAug:
 
     @contextmanager
     def _network(self, subnet: Any, last: bool):
-        """For the forward and backward pass of one network, None being the full one.
+        """For the forward and backward pass of one network, None being the full one. Yields: images -> its logits.
 
         DistributedDataParallel exchanges gradients in the last pass of a step only, which must be autograd's then.
         """
@@ -298,7 +295,7 @@ class GradAug:
             accumulation.end_step()
             accumulation = None
         with self.model.no_sync() if distributed and not last else nullcontext(), accumulation or nullcontext():
-            yield
+            yield self._logits
 
     def _transformed(self, images: Tensor, draws: Sequence[SubnetDraw]):
         """The sub-networks' images, each made when it is asked for; batches that are only resized are made once."""
@@ -332,6 +329,28 @@ def _seeded(seed: int, device: torch.device):
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def _check_one_of(name: str, value: Any, known: tuple[str, str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be {known[0]!r} or {known[1]!r}, got {value!r}")
+
+
+def _check_images(
+    resolutions: Sequence[int] | None, transforms: Sequence, distinct_transforms: bool, num_subnets: int
+) -> None:
+    """Raises ValueError where the sub-networks' images cannot be made."""
+    if resolutions is not None and (len(resolutions) == 0 or min(resolutions) < 1):
+        raise ValueError(f"resolutions must be positive numbers of pixels, got {tuple(resolutions)}")
+    if distinct_transforms and len(transforms) < num_subnets:
+        raise ValueError(f"transforms must be at least {num_subnets} to be distinct, got {len(transforms)}")
+
+
+def _check_subnet_loss(subnet_loss: Callable | str, temperature: float) -> None:
+    if not callable(subnet_loss) and subnet_loss != "cross_entropy":
+        raise ValueError(f"subnet_loss must be callable or 'cross_entropy', got {subnet_loss!r}")
+    if not temperature > 0 or (temperature != 1 and subnet_loss == "cross_entropy"):
+        raise ValueError(f"temperature must be positive, and 1 for subnet_loss 'cross_entropy', got {temperature}")
 
 
 def _check_model_and_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
