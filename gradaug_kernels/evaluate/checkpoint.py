@@ -1,18 +1,20 @@
 """`gradaug eval CHECKPOINT`: measures the network of a training run and writes tables and figures."""
 
+import dataclasses
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
+from ..data import ImageData
 from ..data.image_tensors import mix_seed
-from ..recipes.build import build_network, load_images
+from ..recipes.build import build_network, calibrate_widths, load_images, test_loader
 from ..recipes.config import Config, from_tables, to_tables
 from ..recipes.device import find_device
-from ..slim.calibrate import calibrate
 from ..slim.width import set_width, use_width
 from ..train.folder import claim_folder, complete_file, read_checkpoint, read_json, stored_config
 from ..train.state import load_weights
@@ -63,48 +65,15 @@ def evaluate_checkpoint(
     their range.
     """
     out = Path(out)
-    unknown = [part for part in parts if part not in PARTS]
-    if unknown or not parts:
-        raise ValueError(f"parts must be of {', '.join(PARTS)}, got {', '.join(unknown) or 'none'}")
-    if constants not in ("auto", *CONSTANTS):
-        raise ValueError(f"constants must be one of auto, {', '.join(CONSTANTS)}, got {constants}")
-    if images < 0 or pgd_steps < 1 or not all(0 < epsilon <= 255 for epsilon in epsilons):
-        raise ValueError(
-            f"images must be at least 0, PGD steps at least 1 and epsilons positive, up to 255, "
-            f"got {images}, {pgd_steps} and {list(epsilons)}"
-        )
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be in [0, 2^32), got {seed}")
+    _check_choices(parts, constants)
+    _check_numbers(images, pgd_steps, epsilons, seed)
     if (out / "evaluation.json").exists() and not overwrite:
         raise FileExistsError(f"output folder must hold no evaluation, got {out}; --overwrite replaces it")
     reference = _reference(relative_to)
 
-    settings = {"train.device": device, "data.workers": workers}
-    settings |= {"data.root": data} if data else {}
-    settings |= {"evaluate.widths": list(widths)} if widths else {}
-    config, checkpoint = load_checkpoint(Path(path), settings)
-    target = find_device(config.train.device)
-    dataset, evaluated_on = load_images(config)
-    test = dataset.test
-    if images:
-        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(mix_seed(seed)))
-        test = test.subset(order[:images].sort().values)
-    model = build_network(config, len(dataset.classes), dataset.channels)
-    weights = "average" if "average" in checkpoint else "model"
-    try:
-        load_weights(weights, model, checkpoint[weights])
-    except ValueError as error:
-        raise ValueError(f"{path} must hold the weights of its configuration: {error}") from None
-    with use_width(model, min(config.evaluate.widths)):
-        pass  # a width that leaves a layer without channels is refused before anything is measured
-    model.to(target, memory_format=torch.channels_last)
-    loader = test.loader(config.evaluate.batch_size, device=target, workers=workers)
-
-    def calibrate_widths(missing):
-        training = dataset.train.loader(
-            config.train.batch_size, train=True, augment=False, seed=config.train.seed, device=target, workers=workers
-        )
-        calibrate(model, missing, training, config.evaluate.calibration_batches or None)
+    config, checkpoint = load_checkpoint(Path(path), _settings(device, workers, data, widths))
+    tested = _load(path, config, checkpoint, images, seed)
+    model, loader, test = tested.model, tested.loader, tested.data.test
 
     with claim_folder(out, FILES):
         set_width(model, 1.0)
@@ -113,46 +82,107 @@ def evaluate_checkpoint(
             "checkpoint": str(path),
             "preset": config.preset,
             "epoch": checkpoint["epoch"],
-            "evaluated_on": evaluated_on,
+            "evaluated_on": tested.evaluated_on,
             "images": len(test),
             "seed": seed,
             "top1": clean,
         }
-        title = f"{config.preset}: {config.model.name}, {len(test):,} {evaluated_on} images"
+        title = f"{config.preset}: {config.model.name}, {len(test):,} {tested.evaluated_on} images"
         if "widths" in parts:
-            found["widths"] = measure.accuracy_by_width(model, config.evaluate.widths, loader, calibrate_widths)
+            found["widths"] = measure.accuracy_by_width(model, config.evaluate.widths, loader, tested.calibrate)
             report.write_widths(out, found["widths"], title)
         if "calibration" in parts:
             error, bins = measure.calibration(model, loader)
             found["calibration"] = {"error": error, "bins": [row._asdict() for row in bins]}
             report.write_calibration(out, error, bins, title)
         if "attacks" in parts:
-            found["attacks"] = measure.attack_accuracy(
-                model, loader, test.mean, test.std, [epsilon / 255 for epsilon in epsilons], pgd_steps, seed
-            )
+            sizes = [epsilon / 255 for epsilon in epsilons]
+            found["attacks"] = measure.attack_accuracy(model, loader, test.mean, test.std, sizes, pgd_steps, seed)
             report.write_attacks(out, found["attacks"], clean, title)
         if "corruptions" in parts:
-            chosen = constants if constants != "auto" else "cifar" if dataset.size < 64 else "imagenet"
-            errors = measure.corruption_errors(
-                model,
-                test,
-                constants=chosen,
-                batch_size=config.evaluate.batch_size,
-                seed=seed,
-                workers=workers,
-                progress=lambda name: print(f"  {name}", flush=True),
-            )
-            found["corruptions"] = {
-                "constants": chosen,
-                "errors": errors,
-                "mean_corruption_error": measure.mean_corruption_error(errors),
-                "relative_to": relative_to or None,
-                "relative_mean_corruption_error": reference and measure.mean_corruption_error(errors, reference),
-            }
+            found["corruptions"] = _corruptions(tested, constants, relative_to, reference, seed)
             report.write_corruptions(out, found["corruptions"], 100 - clean, title)
         with complete_file(out / "evaluation.json") as temporary:
             temporary.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return found
+
+
+def _check_choices(parts, constants):
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown or not parts:
+        raise ValueError(f"parts must be of {', '.join(PARTS)}, got {', '.join(unknown) or 'none'}")
+    if constants not in ("auto", *CONSTANTS):
+        raise ValueError(f"constants must be one of auto, {', '.join(CONSTANTS)}, got {constants}")
+
+
+def _check_numbers(images, pgd_steps, epsilons, seed):
+    if images < 0 or pgd_steps < 1 or not all(0 < epsilon <= 255 for epsilon in epsilons):
+        raise ValueError(
+            f"images must be at least 0, PGD steps at least 1 and epsilons positive, up to 255, "
+            f"got {images}, {pgd_steps} and {list(epsilons)}"
+        )
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be in [0, 2^32), got {seed}")
+
+
+def _settings(device, workers, data, widths):
+    """{"section.key": value} in place of the run's."""
+    settings = {"train.device": device, "data.workers": workers}
+    settings |= {"data.root": data} if data else {}
+    return settings | ({"evaluate.widths": list(widths)} if widths else {})
+
+
+class _Tested(NamedTuple):
+    """The network that is measured, and the images on which it is."""
+
+    config: Config
+    model: nn.Module
+    data: ImageData  # whose `test` are the images that were chosen
+    evaluated_on: str  # which images those are: "test" or "held-out"
+    loader: Iterable
+    device: torch.device
+
+    def calibrate(self, widths: Sequence[float]) -> None:
+        calibrate_widths(self.config, self.model, widths, self.data, self.device)
+
+
+def _load(path, config, checkpoint, images, seed):
+    device = find_device(config.train.device)
+    data, evaluated_on = load_images(config)
+    if images:
+        order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(mix_seed(seed)))
+        data = dataclasses.replace(data, test=data.test.subset(order[:images].sort().values))
+    model = build_network(config, len(data.classes), data.channels)
+    weights = "average" if "average" in checkpoint else "model"
+    try:
+        load_weights(weights, model, checkpoint[weights])
+    except ValueError as error:
+        raise ValueError(f"{path} must hold the weights of its configuration: {error}") from None
+    with use_width(model, min(config.evaluate.widths)):
+        pass  # a width that leaves a layer without channels is refused before anything is measured
+    model.to(device, memory_format=torch.channels_last)
+    return _Tested(config, model, data, evaluated_on, test_loader(config, data, device), device)
+
+
+def _corruptions(tested, constants, relative_to, reference, seed):
+    """What evaluation.json holds of them."""
+    chosen = constants if constants != "auto" else "cifar" if tested.data.size < 64 else "imagenet"
+    errors = measure.corruption_errors(
+        tested.model,
+        tested.data.test,
+        constants=chosen,
+        batch_size=tested.config.evaluate.batch_size,
+        seed=seed,
+        workers=tested.config.data.workers,
+        progress=lambda name: print(f"  {name}", flush=True),
+    )
+    return {
+        "constants": chosen,
+        "errors": errors,
+        "mean_corruption_error": measure.mean_corruption_error(errors),
+        "relative_to": relative_to or None,
+        "relative_mean_corruption_error": reference and measure.mean_corruption_error(errors, reference),
+    }
 
 
 def _reference(relative_to):

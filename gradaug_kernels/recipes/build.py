@@ -1,6 +1,7 @@
 """From a configuration to the network, the optimizer and the training step."""
 
 import functools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,19 +10,14 @@ from torch import nn
 
 from .. import data, models
 from ..data import ImageData
-from ..gradaug.divergence import alpha_divergence, kl_divergence
-from ..gradaug.sampler import RandomChannels, RandomDepth, RandomLayerWidth, RandomWidth
+from ..gradaug.sampler import RandomChannels
 from ..gradaug.step import GradAug
+from ..slim.calibrate import calibrate
 from ..slim.convert import convert
 from ..slim.width import check_width
+from .choices import SAMPLERS, SUBNET_LOSSES
 from .config import Config
 from .transforms import named_transform
-
-SUBNET_LOSSES = {
-    "kl": kl_divergence,
-    "alpha_divergence": alpha_divergence,
-    "cross_entropy": "cross_entropy",
-}
 
 
 def load_images(config: Config) -> tuple[ImageData, str]:
@@ -31,6 +27,31 @@ def load_images(config: Config) -> tuple[ImageData, str]:
     if config.data.holdout:
         images, evaluated_on = images.hold_out(config.data.holdout, config.train.seed), "held-out"
     return images.part(config.data.fraction, config.data.per_class, config.data.part_seed), evaluated_on
+
+
+def train_loader(config: Config, images: ImageData, device: torch.device, augment: bool = True) -> Iterable:
+    """Batches of the training images in the order of train.seed."""
+    return images.train.loader(
+        config.train.batch_size,
+        train=True,
+        augment=augment,
+        seed=config.train.seed,
+        device=device,
+        workers=config.data.workers,
+    )
+
+
+def test_loader(config: Config, images: ImageData, device: torch.device) -> Iterable:
+    """Batches of the images to evaluate, in their stored order."""
+    return images.test.loader(config.evaluate.batch_size, device=device, workers=config.data.workers)
+
+
+def calibrate_widths(
+    config: Config, model: nn.Module, widths: Sequence[float], images: ImageData, device: torch.device
+) -> None:
+    """Give widths the statistics of unaugmented training images, of as many batches as [evaluate] says."""
+    loader = train_loader(config, images, device, augment=False)
+    calibrate(model, widths, loader, config.evaluate.calibration_batches or None)
 
 
 def build_network(config: Config, num_classes: int, channels: int) -> nn.Module:
@@ -84,7 +105,7 @@ def build_step(
         ],
         criterion=functools.partial(F.cross_entropy, label_smoothing=config.regularize.label_smoothing),
         distinct_transforms=gradaug.distinct_transforms,
-        subnet_loss=SUBNET_LOSSES[gradaug.subnet_loss],
+        subnet_loss=SUBNET_LOSSES[gradaug.subnet_loss].function,
         temperature=gradaug.temperature,
         subnet_weight=weights[0] if len(weights) == 1 else weights,
         reduction=gradaug.reduction,
@@ -94,10 +115,5 @@ def build_step(
 
 
 def _sampler(gradaug):
-    if gradaug.sampler == "depth":
-        return RandomDepth(gradaug.min_survival)
-    if gradaug.sampler == "layer_width":
-        widths = RandomLayerWidth(gradaug.min_width)
-    else:
-        widths = RandomWidth(gradaug.min_width, gradaug.widths)
-    return RandomChannels(widths) if gradaug.channels == "random" else widths
+    sampler = SAMPLERS[gradaug.sampler](gradaug)
+    return RandomChannels(sampler) if gradaug.channels == "random" else sampler

@@ -15,6 +15,7 @@ from typing import Any
 from .. import data, models
 from .._names import keyword_options, nearest
 from . import transforms
+from .choices import SAMPLERS, SUBNET_LOSSES
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -122,7 +123,6 @@ SECTIONS = {
     for field in dataclasses.fields(Config)
     if field.name != "preset"
 }
-SUBNET_LOSSES = ("kl", "alpha_divergence", "cross_entropy")
 LARGEST = 1e18  # of the settings, whose squares float32 holds
 SMALL = 32  # pixels of the images of the data sets without an option `size`
 BUILDERS = {"data": data.find, "model": models.find}  # the sections that take the options of what they name
@@ -327,20 +327,35 @@ def _check_ranges(config):
             section, name = key.split(".")
             raise ValueError(f"{key} must be {expected}, got {_toml(getattr(getattr(config, section), name))}")
 
-    gradaug, optimizer, schedule, run, evaluate = (
-        config.gradaug, config.optimizer, config.schedule, config.train, config.evaluate
-    )  # fmt: skip
+    _check_train(config.train, require)
+    _check_data(config.data, require)
+    _check_gradaug(config.gradaug, require)
+    _check_subnet_loss(config.gradaug, require)
+    _check_regularize(config.regularize, require)
+    _check_optimizer(config.optimizer, require)
+    _check_schedule(config.schedule, config.train.epochs, require)
+    _check_evaluate(config.evaluate, require)
+
+
+def _check_train(run, require):
     require(run.epochs >= 1, "train.epochs", "at least 1")
-    require(config.data.holdout >= 0, "data.holdout", "at least 0")
-    require(0 < config.data.fraction <= 1, "data.fraction", "in (0, 1]")
-    require(config.data.per_class >= 0, "data.per_class", "at least 0")
-    require(config.data.fraction == 1 or config.data.per_class == 0, "data.per_class", "0 with a fraction")
-    require(config.data.part_seed >= 0, "data.part_seed", "at least 0")
-    require(0 <= config.data.workers <= 512, "data.workers", "from 0 to 512")
+    require(run.batch_size >= 1, "train.batch_size", "at least 1")
+    require(run.seed >= 0, "train.seed", "at least 0")
+    require(run.precision in ("fp32", "bf16"), "train.precision", '"fp32" or "bf16"')
+
+
+def _check_data(data, require):
+    require(data.holdout >= 0, "data.holdout", "at least 0")
+    require(0 < data.fraction <= 1, "data.fraction", "in (0, 1]")
+    require(data.per_class >= 0, "data.per_class", "at least 0")
+    require(data.fraction == 1 or data.per_class == 0, "data.per_class", "0 with a fraction")
+    require(data.part_seed >= 0, "data.part_seed", "at least 0")
+    require(0 <= data.workers <= 512, "data.workers", "from 0 to 512")
+
+
+def _check_gradaug(gradaug, require):
     require(0 <= gradaug.num_subnets <= 1000, "gradaug.num_subnets", "from 0 to 1000")
-    require(
-        gradaug.sampler in ("width", "layer_width", "depth"), "gradaug.sampler", '"width", "layer_width" or "depth"'
-    )
+    require(gradaug.sampler in SAMPLERS, "gradaug.sampler", _one_of(SAMPLERS))
     require(0 < gradaug.min_width <= 1, "gradaug.min_width", "in (0, 1]")
     above_min = all(gradaug.min_width <= width <= 1 for width in gradaug.widths)
     require(above_min, "gradaug.widths", f"widths in [{gradaug.min_width}, 1]")
@@ -355,6 +370,11 @@ def _check_ranges(config):
     require(known, "gradaug.transforms", f"of {', '.join(transforms.NAMES)}")
     enough = not gradaug.distinct_transforms or len(gradaug.transforms) >= gradaug.num_subnets
     require(enough, "gradaug.transforms", f"at least {gradaug.num_subnets} to be distinct")
+    require(all(size >= 1 for size in gradaug.resolutions), "gradaug.resolutions", "sizes of at least 1 pixel")
+    require(gradaug.divisor >= 1, "gradaug.divisor", "at least 1")
+
+
+def _check_subnet_loss(gradaug, require):
     require(gradaug.subnet_loss in SUBNET_LOSSES, "gradaug.subnet_loss", f"one of {', '.join(SUBNET_LOSSES)}")
     softened = gradaug.temperature != 1
     require(gradaug.temperature > 0, "gradaug.temperature", "positive")
@@ -362,10 +382,10 @@ def _check_ranges(config):
     weights = gradaug.subnet_weight
     require(len(weights) in (1, gradaug.num_subnets), "gradaug.subnet_weight", f"one or {gradaug.num_subnets} numbers")
     require(all(weight >= 0 for weight in weights), "gradaug.subnet_weight", "numbers of at least 0")
-    require(all(size >= 1 for size in gradaug.resolutions), "gradaug.resolutions", "sizes of at least 1 pixel")
     require(gradaug.reduction in ("sum", "mean"), "gradaug.reduction", '"sum" or "mean"')
-    require(gradaug.divisor >= 1, "gradaug.divisor", "at least 1")
-    regularize = config.regularize
+
+
+def _check_regularize(regularize, require):
     for name in ("mixup", "cutmix", "gradient_noise"):
         require(getattr(regularize, name) >= 0, f"regularize.{name}", "at least 0")
     for name in ("mix_probability", "random_erasing"):
@@ -373,21 +393,31 @@ def _check_ranges(config):
     for name in ("label_smoothing", "dropout", "drop_block", "stochastic_depth", "average_decay"):
         require(0 <= getattr(regularize, name) < 1, f"regularize.{name}", "in [0, 1)")
     require(regularize.drop_block_size >= 1, "regularize.drop_block_size", "at least 1")
+
+
+def _check_optimizer(optimizer, require):
     require(optimizer.lr >= 0, "optimizer.lr", "at least 0")
     require(0 <= optimizer.momentum < 1, "optimizer.momentum", "in [0, 1)")
     require(optimizer.weight_decay >= 0, "optimizer.weight_decay", "at least 0")
     require(optimizer.momentum > 0 or not optimizer.nesterov, "optimizer.nesterov", "false without momentum")
+
+
+def _check_schedule(schedule, epochs, require):
     require(schedule.name in ("cosine", "step"), "schedule.name", '"cosine" or "step"')
-    require(0 <= schedule.warmup_epochs <= run.epochs, "schedule.warmup_epochs", f"in [0, {run.epochs}]")
-    require(
-        bool(schedule.milestones) == (schedule.name == "step"), "schedule.milestones", 'set for "step", and only for it'
-    )
+    require(0 <= schedule.warmup_epochs <= epochs, "schedule.warmup_epochs", f"in [0, {epochs}]")
+    steps = schedule.name == "step"
+    require(bool(schedule.milestones) == steps, "schedule.milestones", 'set for "step", and only for it')
     require(all(epoch >= 0 for epoch in schedule.milestones), "schedule.milestones", "epochs of at least 0")
     require(schedule.gamma >= 0, "schedule.gamma", "at least 0")
-    require(run.batch_size >= 1, "train.batch_size", "at least 1")
-    require(run.seed >= 0, "train.seed", "at least 0")
-    require(run.precision in ("fp32", "bf16"), "train.precision", '"fp32" or "bf16"')
+
+
+def _check_evaluate(evaluate, require):
     require(evaluate.batch_size >= 1, "evaluate.batch_size", "at least 1")
     usable = evaluate.widths and all(0 < width <= 1 for width in evaluate.widths)
     require(usable, "evaluate.widths", "widths in (0, 1]")
     require(evaluate.calibration_batches >= 0, "evaluate.calibration_batches", "at least 0")
+
+
+def _one_of(names):
+    *others, last = (f'"{name}"' for name in names)
+    return f"{', '.join(others)} or {last}"

@@ -4,21 +4,33 @@ import json
 import math
 import platform
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 import gradaug_kernels as gk
 
 from .._names import printable
+from ..data import ImageData
 from ..data.image_tensors import mix_seed
-from ..recipes.build import build_network, build_optimizer, build_step, load_images, private_widths
+from ..recipes.build import (
+    build_network,
+    build_optimizer,
+    build_step,
+    calibrate_widths,
+    load_images,
+    private_widths,
+    test_loader,
+    train_loader,
+)
+from ..recipes.choices import SUBNET_LOSSES
 from ..recipes.config import Config, to_tables
 from ..recipes.device import find_device
-from ..slim.calibrate import calibrate
 from ..slim.width import check_width, use_width
 from .augment import BatchAugmentation
 from .average import WeightAverage, add_gradient_noise
@@ -26,7 +38,6 @@ from .folder import CHECKPOINT, FILES, claim_folder, complete_file, open_folder,
 from .report import closing_table, columns, epoch_line, write_curves, write_metrics
 from .state import load_progress, load_weights
 
-SUBNET_LOSS_TITLES = {"kl": "KL divergence", "alpha_divergence": "alpha-divergence", "cross_entropy": "cross entropy"}
 CHECK_EVERY = 20  # iterations between looks at the loss: each look waits for the device
 
 
@@ -43,49 +54,15 @@ def train(config: Config, out: str | Path, *, resume: bool = False, overwrite: b
     """
     start = time.perf_counter()
     out = Path(out)
-    device = find_device(config.train.device)
-    seed, epochs = config.train.seed, config.train.epochs
-
-    # Data
-    images, evaluated_on = load_images(config)
-    at_loader = {"device": device, "workers": config.data.workers}
-    train_loader = images.train.loader(config.train.batch_size, train=True, seed=seed, **at_loader)
-    test_loader = images.test.loader(config.evaluate.batch_size, **at_loader)
-
-    # Network
-    torch.manual_seed(seed)
-    model = build_network(config, len(images.classes), images.channels)
-    with use_width(model, min(config.gradaug.min_width, *config.evaluate.widths)):
-        pass  # a width that leaves a layer without channels is refused before anything is written
-    model.to(device, memory_format=torch.channels_last if config.train.channels_last else torch.contiguous_format)
-    optimizer = build_optimizer(config, model)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(config, len(train_loader)))
-    autocast_dtype = torch.bfloat16 if config.train.precision == "bf16" else None
-    step = build_step(config, model, optimizer, images, scheduler=scheduler, autocast_dtype=autocast_dtype)
-
-    regularize = config.regularize
-    augmentation = BatchAugmentation(regularize, len(images.classes))
-    if regularize.gradient_noise > 0:
-        add_gradient_noise(optimizer, regularize.gradient_noise, lambda: scheduler.last_epoch)
-    average = WeightAverage(model, regularize.average_decay) if regularize.average_decay > 0 else None
-    evaluated = model if average is None else average.model
+    images = _open_images(config)
+    run = _build(config, images)
 
     with claim_folder(out, FILES, create=not resume):
-        # Where an earlier run stopped
         history, seconds_before = [], 0.0
         checkpoint = open_folder(out, config, resume, overwrite)
         if checkpoint is not None:
-            try:
-                load_weights("model", model, checkpoint["model"])
-                if average is not None:
-                    load_weights("average", average.model, checkpoint.get("average", {}))
-                iterations = len(train_loader)
-                load_progress(checkpoint, optimizer, scheduler, step, iterations, columns(config.gradaug.num_subnets))
-            except ValueError as error:
-                raise ValueError(f"{out / CHECKPOINT} must be a checkpoint of this run: {error}") from None
+            _go_on_from(checkpoint, out / CHECKPOINT, config, images, run)
             history, seconds_before = checkpoint["history"], checkpoint["seconds"]
-            if average is not None:
-                average.updates = len(history) * len(train_loader)
 
         def save():
             write_checkpoint(
@@ -93,111 +70,166 @@ def train(config: Config, out: str | Path, *, resume: bool = False, overwrite: b
                 preset=config.preset,
                 config=to_tables(config),
                 epoch=len(history),
-                model=model.state_dict(),
-                optimizer=optimizer.state_dict(),
-                scheduler=scheduler.state_dict(),
-                gradaug=step.state_dict(),
                 history=history,
                 seconds=seconds_before + time.perf_counter() - start,
-                **({} if average is None else {"average": average.model.state_dict()}),
+                **run.state(),
             )
 
         if checkpoint is None:
             save()
-        counts = f"{len(images.train):,} training and {len(images.test):,} {evaluated_on} images"
-        print(f"{config.preset}: {counts}, {printable(images.origin)}")
+        counts = f"{len(images.data.train):,} training and {len(images.data.test):,} {images.evaluated_on} images"
+        print(f"{config.preset}: {counts}, {printable(images.data.origin)}")
 
-        # Loop
+        epochs = config.train.epochs
         for epoch in range(len(history), epochs):
             try:
-                row = _train_epoch(step, model, average, augmentation, train_loader, epoch, epochs, config, device)
+                row = _train_epoch(config, images, run, epoch)
             except FloatingPointError as error:
                 raise FloatingPointError(f"{error}; {out / CHECKPOINT} keeps the state after epoch {epoch}") from None
-            loss, top1, top5 = evaluate(evaluated, test_loader, autocast_dtype)
+            loss, top1, top5 = evaluate(run.evaluated, images.test_loader, run.step.autocast_dtype)
             history.append(row | {"eval_loss": loss, "eval_top1": top1, "eval_top5": top5})
             save()
             write_metrics(out / "metrics.csv", history)
             per_epoch = sum(row["seconds"] for row in history) / len(history)
-            print(epoch_line(history[-1], epochs, evaluated_on, per_epoch * (epochs - epoch - 1)))
+            print(epoch_line(history[-1], epochs, images.evaluated_on, per_epoch * (epochs - epoch - 1)))
 
-        # Report
-        last = history[-1]
-        widths = _evaluate_widths(evaluated, images, test_loader, config, at_loader, last["eval_top1"], autocast_dtype)
+        widths = _evaluate_widths(config, images, run, history[-1]["eval_top1"])
         save()  # with the widths' statistics
-        summary = {
-            "preset": config.preset,
-            "top1": last["eval_top1"],
-            "top5": last["eval_top5"],
-            "evaluated_on": evaluated_on,
-            "widths": widths,
-            "seconds": seconds_before + time.perf_counter() - start,
-            "seed": seed,
-            "images_per_second": epochs
-            * len(train_loader)
-            * config.train.batch_size
-            / sum(r["seconds"] for r in history),
-            "epochs": epochs,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "data": images.origin,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-            "threads": torch.get_num_threads(),
-            "versions": {
-                "gradaug_kernels": gk.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-        }
-        write_metrics(out / "metrics.csv", history)
-        title = f"{config.preset}: {config.model.name}, {summary['parameters']:,} parameters, seed {seed}"
-        write_curves(
-            out / "curves.png", history, widths, evaluated_on, title, SUBNET_LOSS_TITLES[config.gradaug.subnet_loss]
-        )
-        with complete_file(out / "summary.json") as path:
-            path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        seconds = seconds_before + time.perf_counter() - start
+        summary = _summary(config, images, run, history, widths, seconds)
+        _write_report(out, config, history, summary)
     print(closing_table(summary, out))
     return summary
 
 
-def _train_epoch(step, model, average, augmentation, loader, epoch, epochs, config, device):
-    """One epoch. Returns: its row of metrics.csv, without the evaluation."""
+class _Images(NamedTuple):
+    """What a run reads."""
+
+    data: ImageData
+    evaluated_on: str  # which images `data.test` are: "test" or "held-out"
+    train_loader: Iterable
+    test_loader: Iterable
+    device: torch.device  # where the loaders put them
+
+
+class _Run(NamedTuple):
+    """What a run changes."""
+
+    model: nn.Module
+    average: WeightAverage | None
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    step: gk.GradAug
+    augmentation: BatchAugmentation
+
+    @property
+    def evaluated(self) -> nn.Module:
+        return self.model if self.average is None else self.average.model
+
+    def state(self) -> dict[str, Any]:
+        """What of it a checkpoint holds."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "gradaug": self.step.state_dict(),
+        }
+        return state if self.average is None else state | {"average": self.average.model.state_dict()}
+
+
+def _open_images(config):
+    device = find_device(config.train.device)
+    data, evaluated_on = load_images(config)
+    loaders = train_loader(config, data, device), test_loader(config, data, device)
+    return _Images(data, evaluated_on, *loaders, device)
+
+
+def _build(config, images):
+    """The run at its start."""
+    torch.manual_seed(config.train.seed)
+    model = build_network(config, len(images.data.classes), images.data.channels)
+    with use_width(model, min(config.gradaug.min_width, *config.evaluate.widths)):
+        pass  # a width that leaves a layer without channels is refused before anything is written
+    memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
+    model.to(images.device, memory_format=memory_format)
+    optimizer = build_optimizer(config, model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(config, len(images.train_loader)))
+    autocast_dtype = torch.bfloat16 if config.train.precision == "bf16" else None
+    step = build_step(config, model, optimizer, images.data, scheduler=scheduler, autocast_dtype=autocast_dtype)
+    augmentation = BatchAugmentation(config.regularize, len(images.data.classes))
+    if config.regularize.gradient_noise > 0:
+        add_gradient_noise(optimizer, config.regularize.gradient_noise, lambda: scheduler.last_epoch)
+    decay = config.regularize.average_decay
+    average = WeightAverage(model, decay) if decay > 0 else None
+    return _Run(model, average, optimizer, scheduler, step, augmentation)
+
+
+def _go_on_from(checkpoint, path, config, images, run):
+    """Make the run that of the checkpoint, which was read from `path`."""
+    iterations = len(images.train_loader)
+    try:
+        load_weights("model", run.model, checkpoint["model"])
+        if run.average is not None:
+            load_weights("average", run.average.model, checkpoint.get("average", {}))
+        in_history = columns(config.gradaug.num_subnets)
+        load_progress(checkpoint, run.optimizer, run.scheduler, run.step, iterations, in_history)
+    except ValueError as error:
+        raise ValueError(f"{path} must be a checkpoint of this run: {error}") from None
+    if run.average is not None:
+        run.average.updates = len(checkpoint["history"]) * iterations
+
+
+def _train_epoch(config, images, run, epoch):
+    """One epoch, counted from 0. Returns: its row of metrics.csv, without the evaluation."""
     started, cpu_started = time.perf_counter(), time.process_time()
-    model.train()
-    loader.set_epoch(epoch)
+    run.model.train()
+    images.train_loader.set_epoch(epoch)
     torch.manual_seed(mix_seed(config.train.seed, epoch))  # dropout and the like, so that a resumed epoch repeats them
-    names = ["loss_full", *(f"loss_subnet_{number + 1}" for number in range(config.gradaug.num_subnets))]
-    totals = torch.zeros(len(names), device=device)
-    correct = torch.zeros((), device=device)
-    lr = step.optimizer.param_groups[0]["lr"]
-    bar = tqdm(loader, desc=f"epoch {epoch + 1}/{epochs}", unit="batch", leave=False, dynamic_ncols=True, disable=None)
-    for iteration, (images, targets) in enumerate(bar, 1):
-        losses = step(*augmentation(images, targets))
-        if average is not None:
-            average.update(model)
-        totals += torch.stack([losses.full, *losses.subnets]).detach()
-        correct += (losses.logits.argmax(1) == targets).sum()
-        if iteration % CHECK_EVERY == 0 or iteration == len(loader):
-            means = (totals / iteration).tolist()
-            for name, mean in zip(names, means, strict=True):
-                if not math.isfinite(mean):
-                    raise FloatingPointError(f"loss must be finite, got {mean} as {name} in epoch {epoch + 1}")
-            if step.skipped:
-                count = f"{step.skipped} of {iteration} steps without in epoch {epoch + 1}"
-                raise FloatingPointError(f"loss, gradient and statistics must be finite, got {count}")
-            bar.set_postfix(loss=f"{means[0]:.3f}", refresh=False)
+    lr = run.optimizer.param_groups[0]["lr"]
+    losses, correct = _train_batches(config, images, run, epoch)
     # A loss is of the weights before its step: those after the last one, which the checkpoint keeps, have shown none.
-    if not all(value.isfinite().all() for value in model.state_dict().values()):
+    if not all(value.isfinite().all() for value in run.model.state_dict().values()):
         raise FloatingPointError(f"weights must be finite, got NaN or infinity at the end of epoch {epoch + 1}")
     seconds = time.perf_counter() - started
-    count = len(loader) * config.train.batch_size
+    count = len(images.train_loader) * config.train.batch_size
     return {
         "epoch": epoch + 1,
         "lr": lr,
-        **dict(zip(names, means, strict=True)),
-        "train_top1": 100 * correct.item() / count,
+        **losses,
+        "train_top1": 100 * correct / count,
         "seconds": seconds,
         "cpu_seconds": time.process_time() - cpu_started,
         "images_per_second": count / seconds,
     }
+
+
+def _train_batches(config, images, run, epoch):
+    """Returns: {column: mean loss}, and how many images the full network recognised."""
+    loader, title = images.train_loader, f"epoch {epoch + 1}/{config.train.epochs}"
+    names = ["loss_full", *(f"loss_subnet_{number + 1}" for number in range(config.gradaug.num_subnets))]
+    totals = torch.zeros(len(names), device=images.device)
+    correct = torch.zeros((), device=images.device)
+    bar = tqdm(loader, desc=title, unit="batch", leave=False, dynamic_ncols=True, disable=None)
+    for iteration, (x, y) in enumerate(bar, 1):
+        losses = run.step(*run.augmentation(x, y))
+        if run.average is not None:
+            run.average.update(run.model)
+        totals += torch.stack([losses.full, *losses.subnets]).detach()
+        correct += (losses.logits.argmax(1) == y).sum()
+        if iteration % CHECK_EVERY == 0 or iteration == len(loader):
+            means = dict(zip(names, (totals / iteration).tolist(), strict=True))
+            _refuse_non_finite(means, run.step.skipped, iteration, epoch)
+            bar.set_postfix(loss=f"{means['loss_full']:.3f}", refresh=False)
+    return means, correct.item()
+
+
+def _refuse_non_finite(means, skipped, iteration, epoch):
+    for name, mean in means.items():
+        if not math.isfinite(mean):
+            raise FloatingPointError(f"loss must be finite, got {mean} as {name} in epoch {epoch + 1}")
+    if skipped:
+        count = f"{skipped} of {iteration} steps without in epoch {epoch + 1}"
+        raise FloatingPointError(f"loss, gradient and statistics must be finite, got {count}")
 
 
 @torch.no_grad()
@@ -217,23 +249,55 @@ def evaluate(model, loader, autocast_dtype=None) -> tuple[float, float, float]:
     return loss / count, 100 * top1 / count, 100 * top5 / count
 
 
-def _evaluate_widths(model, images, test_loader, config, at_loader, full_top1, autocast_dtype):
+def _evaluate_widths(config, images, run, full_top1):
     """{"0.8": top-1 in percent, ...} of the configured widths, with statistics of unaugmented training images.
 
     The full network, and widths with private statistics, keep those of their training.
     """
     narrow = sorted({check_width(width) for width in config.evaluate.widths} - {1.0})
     without = [width for width in narrow if width not in private_widths(config)]
-    widths = {}
     if without:
-        loader = images.train.loader(
-            config.train.batch_size, train=True, augment=False, seed=config.train.seed, **at_loader
-        )
-        calibrate(model, without, loader, config.evaluate.calibration_batches or None)
+        calibrate_widths(config, run.evaluated, without, images.data, images.device)
+    widths = {}
     for width in narrow:
-        with use_width(model, width):
-            widths[str(width)] = evaluate(model, test_loader, autocast_dtype)[1]
+        with use_width(run.evaluated, width):
+            widths[str(width)] = evaluate(run.evaluated, images.test_loader, run.step.autocast_dtype)[1]
     return widths | {"1.0": full_top1}
+
+
+def _summary(config, images, run, history, widths, seconds):
+    """What summary.json holds."""
+    trained = config.train.epochs * len(images.train_loader) * config.train.batch_size
+    device = images.device
+    return {
+        "preset": config.preset,
+        "top1": history[-1]["eval_top1"],
+        "top5": history[-1]["eval_top5"],
+        "evaluated_on": images.evaluated_on,
+        "widths": widths,
+        "seconds": seconds,
+        "seed": config.train.seed,
+        "images_per_second": trained / sum(row["seconds"] for row in history),
+        "epochs": config.train.epochs,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "data": images.data.origin,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "gradaug_kernels": gk.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _write_report(out, config, history, summary):
+    write_metrics(out / "metrics.csv", history)
+    title = f"{config.preset}: {config.model.name}, {summary['parameters']:,} parameters, seed {summary['seed']}"
+    subnet_loss = SUBNET_LOSSES[config.gradaug.subnet_loss].title
+    write_curves(out / "curves.png", history, summary["widths"], summary["evaluated_on"], title, subnet_loss)
+    with complete_file(out / "summary.json") as path:
+        path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
 def _schedule(config, iterations_per_epoch):

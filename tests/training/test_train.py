@@ -17,6 +17,7 @@ from gradaug_kernels.cli.main import main
 from gradaug_kernels.data import fashion_mnist
 from gradaug_kernels.data._idx import idx_bytes
 from gradaug_kernels.recipes.build import build_network, build_optimizer, build_step
+from gradaug_kernels.recipes.choices import SAMPLERS
 from gradaug_kernels.recipes.config import parse_setting, to_toml
 from gradaug_kernels.train import load_config, preset_names, run
 from gradaug_kernels.train.folder import FILES, complete_file
@@ -194,6 +195,14 @@ def test_plain_training_bf16_and_held_out_images(command, no_curves, tmp_path):
     assert [name for name in header if name.startswith("loss")] == ["loss_full"]
     assert math.isfinite(float(row[header.index("loss_full")]))
     assert json.loads((out / "summary.json").read_text())["evaluated_on"] == "held-out"
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samplers_by_name(command, no_curves, tmp_path, sampler):
+    settings = (f"gradaug.sampler={sampler}", "gradaug.min_width=0.5")
+    words = (word for text in settings for word in ("--set", text))
+    assert command("--out", tmp_path / "out", "--epochs", 1, *words)[0] == 0
+    assert command("--out", tmp_path / "out", "--epochs", 1, "--resume", *words)[0] == 0
 
 
 @pytest.mark.parametrize("sampler", ["width", "layer_width"])
