@@ -155,7 +155,15 @@ def _parser():
     parser.add_argument("--version", action="version", version=f"gradaug_kernels {gk.__version__}")
     parser.set_defaults(traceback=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(commands)
+    commands.add_parser("tune", help="measure on this GPU which kernel serves which shape, and keep the table")
+    _add_eval(commands)
+    _add_compare(commands)
+    _add_info(commands)
+    return parser
 
+
+def _add_train(commands):
     train = commands.add_parser(
         "train",
         help="train a network as a preset says",
@@ -177,8 +185,8 @@ def _parser():
     train.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
     train.set_defaults(run=_train)
 
-    commands.add_parser("tune", help="measure on this GPU which kernel serves which shape, and keep the table")
 
+def _add_eval(commands):
     evaluate = commands.add_parser(
         "eval",
         help="measure a trained network: widths, corruptions, adversarial images, calibration",
@@ -211,6 +219,8 @@ def _parser():
     evaluate.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
     evaluate.set_defaults(run=_eval)
 
+
+def _add_compare(commands):
     comparison = commands.add_parser(
         "compare",
         help="train several methods with several seeds, at equal epochs and at equal compute",
@@ -232,6 +242,8 @@ def _parser():
     comparison.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
     comparison.set_defaults(run=_compare)
 
+
+def _add_info(commands):
     info = commands.add_parser(
         "info",
         help="show versions, device, build configuration, and the backend of each operator",
@@ -242,7 +254,6 @@ def _parser():
         "--model", metavar="NAME", help="show also what fuses in a model, e.g. torchvision/resnet50 or cifar_resnet"
     )
     info.set_defaults(run=_info)
-    return parser
 
 
 def _train(command):
