@@ -16,6 +16,7 @@ import grimp
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "gradaug_kernels"
+FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,25 +79,46 @@ def reached(arrows: dict[str, set[str]], start: str) -> set[str]:
 
 
 def functions() -> list[tuple[int, str]]:
-    """(lines, place) of every function of the package."""
+    """(lines, place) of every function of the package, its docstring not counted. Triton's kernels are left out."""
     found = []
-    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                name = f"{path.relative_to(ROOT)}:{node.name}"
-                found.append((node.end_lineno - node.lineno + 1, name))
+    for path, tree in modules():
+        for node in ast.walk(tree):
+            if isinstance(node, FUNCTION) and not any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+                lines = node.end_lineno - node.lineno + 1
+                if ast.get_docstring(node) is not None:
+                    lines -= node.body[0].end_lineno - node.body[0].lineno + 1
+                found.append((lines, f"{path}:{node.name}"))
+    return found
+
+
+def imports_in_functions() -> list[tuple[str, str]]:
+    """(module, place) of every import that runs when a function is called, those of this package with their dots."""
+    found = []
+    for path, tree in modules():
+        for function in (node for node in ast.walk(tree) if isinstance(node, FUNCTION)):
+            for node in ast.walk(function):
+                if isinstance(node, ast.ImportFrom):
+                    found.append(("." * node.level + (node.module or ""), f"{path}:{function.name}"))
+                elif isinstance(node, ast.Import):
+                    found += [(alias.name, f"{path}:{function.name}") for alias in node.names]
     return found
 
 
 def private_imports() -> list[str]:
     """`from module import _name` of a module of the package."""
     found = []
-    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+    for path, tree in modules():
+        for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith(PACKAGE)):
                 names = [alias.name for alias in node.names if alias.name.startswith("_") and node.module]
-                found += [f"{path.relative_to(ROOT)}: {name}" for name in names]
+                found += [f"{path}: {name}" for name in names]
     return found
+
+
+def modules() -> list[tuple[Path, ast.Module]]:
+    """The package's files, with their syntax trees."""
+    paths = sorted((ROOT / PACKAGE).rglob("*.py"))
+    return [(path.relative_to(ROOT), ast.parse(path.read_text())) for path in paths]
 
 
 def words_before_first_figure() -> int:
