@@ -196,7 +196,7 @@ def differentiable_into_buffer(
                 needs[weight] = needs[-1]
             needed = dy is not None and needs[weight]
             weight_grad, for_autograd = destination.take(ctx) if needed else (None, None)
-            return *_below_autograd(gradients, ctx, saved, needs, dy, weight_grad), for_autograd
+            return *_below_autograd(gradients, ctx, saved, needs[:-1], dy, weight_grad), for_autograd
 
     in_cpp = _in_cpp(op) if cpp else None
     eager = in_cpp or IntoBuffer.apply

@@ -5,7 +5,7 @@ The copy is skipped where the slice is the whole weight. ATen calls cuDNN, keeps
 
 import torch
 
-from ..ops.slim_conv2d import _memory_format
+from ..ops._conv import memory_format
 from .layout import nhwc
 
 
@@ -23,11 +23,11 @@ def slim_conv2d_cudnn(x, weight, bias, out_channels, stride, padding, dilation, 
     w = _packed(weight, out_channels, x.shape[1] // groups)
     bias = None if bias is None else bias[:out_channels]
     y = torch.nn.functional.conv2d(nhwc(x), w, bias, stride, padding, dilation, groups)
-    return y.contiguous(memory_format=_memory_format(x, weight))
+    return y.contiguous(memory_format=memory_format(x, weight))
 
 
 def slim_conv2d_input_grad_cudnn(dy, weight, input_size, stride, padding, dilation, groups):
-    fmt = _memory_format(dy, weight)
+    fmt = memory_format(dy, weight)
     if dy.numel() == 0:
         return dy.new_zeros(input_size).contiguous(memory_format=fmt)
     w = _packed(weight, dy.shape[1], input_size[1] // groups)

@@ -10,7 +10,7 @@ The weight gradient is accumulated by the product itself (beta = 1) straight int
 import torch
 from torch import Tensor
 
-from ..ops.slim_conv2d import _memory_format
+from ..ops._conv import memory_format
 from .layout import nhwc
 
 
@@ -55,13 +55,13 @@ def _image(rows: Tensor, n: int, h: int, w: int) -> Tensor:
 def slim_conv2d_gemm(x, weight, bias, out_channels, stride, padding, dilation, groups):
     n, c, h, w = x.shape
     y = slim_linear_gemm(_rows(x), weight[:, :c, 0, 0], bias, out_channels)
-    return _image(y, n, h, w).contiguous(memory_format=_memory_format(x, weight))
+    return _image(y, n, h, w).contiguous(memory_format=memory_format(x, weight))
 
 
 def slim_conv2d_input_grad_gemm(dy, weight, input_size, stride, padding, dilation, groups):
     n, c, h, w = input_size
     dx = slim_linear_input_grad_gemm(_rows(dy), weight[:, :, 0, 0], c)
-    return _image(dx, n, h, w).contiguous(memory_format=_memory_format(dy, weight))
+    return _image(dx, n, h, w).contiguous(memory_format=memory_format(dy, weight))
 
 
 def slim_conv2d_weight_grad__gemm(dy, x, dweight, stride, padding, dilation, groups):

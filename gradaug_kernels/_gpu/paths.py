@@ -25,15 +25,12 @@ import torch
 
 from .._library import cuda_choice, cuda_cpp_kernel, use_kernel
 from ..ops._common import check_floating, check_gradients_beside, check_same_dtype_and_device, check_written
+from ..ops._conv import output_size
 from ..ops.slim_batch_norm import check_slim_batch_norm
-from ..ops.slim_conv2d import _output_size, check_sizes
+from ..ops.slim_conv2d import check_sizes
+from ..ops.slim_conv2d_statistics import slim_channel_statistics_reference, slim_conv2d_statistics_reference
 from ..ops.slim_linear import check_slim_linear, check_slim_linear_input_grad, check_slim_linear_weight_grad
-from ..ops.slim_norm_conv2d import (
-    slim_channel_statistics_reference,
-    slim_conv2d_statistics_reference,
-    slim_norm_conv2d_backward__reference,
-    slim_norm_conv2d_reference,
-)
+from ..ops.slim_norm_conv2d import slim_norm_conv2d_backward__reference, slim_norm_conv2d_reference
 from . import cudnn, gemm
 
 _OPS = torch.ops.gradaug
@@ -224,7 +221,7 @@ def _check_sizes(geometry: Geometry, dy_size: torch.Size | None) -> None:
     options = (g.stride, g.padding, g.dilation)
     check_sizes((g.n, g.c, g.h, g.w), (g.full_o, g.full_c, g.kh, g.kw), g.o, *options, g.groups)
     if dy_size is not None:
-        size = (_output_size(*axis) for axis in zip((g.h, g.w), (g.kh, g.kw), *options, strict=True))
+        size = (output_size(*axis) for axis in zip((g.h, g.w), (g.kh, g.kw), *options, strict=True))
         expected = (g.n, g.o, *size)
         if dy_size != expected:
             raise ValueError(f"dy must have the shape of the output, {expected}, got {tuple(dy_size)}")

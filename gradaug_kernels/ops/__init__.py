@@ -3,8 +3,9 @@
 from .slim_batch_norm import slim_batch_norm
 from .slim_conv2d import slim_conv2d
 from .slim_conv2d_norm import slim_conv2d_norm
+from .slim_conv2d_statistics import slim_conv2d_statistics
 from .slim_linear import slim_linear
-from .slim_norm_conv2d import slim_conv2d_statistics, slim_norm_conv2d
+from .slim_norm_conv2d import slim_norm_conv2d
 from .slim_norm_max_pool2d import slim_norm_max_pool2d
 
 __all__ = [

@@ -1,9 +1,21 @@
-"""What the convolution and the linear layer share."""
+"""What the operators share: arguments by name, autocast, and checks of what they are given."""
+
+from collections import namedtuple
 
 import torch
 from torch import Tensor
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def arguments_of(schema: str) -> type[tuple]:
+    """The class of an operator's arguments by name, in the schema's order.
+
+    It serves for what is said of each of them as well: which take a gradient, and their gradients. What is left out is
+    None.
+    """
+    names = [argument.name for argument in torch._C.parse_schema(schema).arguments]
+    return namedtuple("Arguments", names, defaults=[None] * len(names), module=__name__)
 
 
 def autocast_parameter(dtype: torch.dtype, parameter: Tensor | None) -> Tensor | None:

@@ -22,10 +22,16 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from .._library import batched, composed, define, differentiable
-from ._common import check_same_device, check_written
+from ._common import arguments_of, check_same_device, check_written
+
+SCHEMA = (
+    "slim_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? residual, "
+    "bool relu, float eps) -> (Tensor y, Tensor mean, Tensor var)"
+)
+Arguments = arguments_of(SCHEMA)
 
 
-def _stats_dtype(x: Tensor) -> torch.dtype:
+def stats_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -49,8 +55,8 @@ def check_slim_batch_norm(x, weight, bias, mean, var, residual, relu, eps, names
             continue
         if tensor.dim() != 1 or tensor.shape[0] < channels:
             raise ValueError(f"{name} must have at least {channels} elements, got shape {tuple(tensor.shape)}")
-        if tensor.dtype not in (x.dtype, _stats_dtype(x)):
-            raise TypeError(f"{name} must be {_stats_dtype(x)} or the dtype of x, got {tensor.dtype}")
+        if tensor.dtype not in (x.dtype, stats_dtype(x)):
+            raise TypeError(f"{name} must be {stats_dtype(x)} or the dtype of x, got {tensor.dtype}")
     if (mean is None) != (var is None):
         raise ValueError(f"mean and var must be given together, got only {'var' if mean is None else 'mean'}")
     for name, tensor in (("mean", mean), ("var", var)):
@@ -58,8 +64,8 @@ def check_slim_batch_norm(x, weight, bias, mean, var, residual, relu, eps, names
             continue
         if tuple(tensor.shape) != (channels,):
             raise ValueError(f"{name} must have {channels} elements, got shape {tuple(tensor.shape)}")
-        if tensor.dtype != _stats_dtype(x):
-            raise TypeError(f"{name} must be {_stats_dtype(x)}, got {tensor.dtype}")
+        if tensor.dtype != stats_dtype(x):
+            raise TypeError(f"{name} must be {stats_dtype(x)}, got {tensor.dtype}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
             f"residual must have the shape and dtype of x, {tuple(x.shape)} {x.dtype}, "
@@ -73,7 +79,7 @@ def check_slim_batch_norm(x, weight, bias, mean, var, residual, relu, eps, names
 
 
 def slim_batch_norm_composition(x, weight, bias, mean, var, residual, relu, eps):
-    dtype = _stats_dtype(x)
+    dtype = stats_dtype(x)
     z = x.to(dtype)
     if mean is None:
         # An empty batch has no statistics: zeros, so that nothing downstream turns into NaN.
@@ -101,17 +107,12 @@ def slim_batch_norm_reference(x, *arguments):
 def _fake(x, weight, bias, mean, var, residual, relu, eps):
     check_slim_batch_norm(x, weight, bias, mean, var, residual, relu, eps)
     check_same_device(x, weight=weight, bias=bias, mean=mean, var=var, residual=residual)
-    stats = x.new_empty(x.shape[1], dtype=_stats_dtype(x))
+    stats = x.new_empty(x.shape[1], dtype=stats_dtype(x))
     y = x.new_empty(x.shape).contiguous(memory_format=suggest_memory_format(x))
     return y, stats, torch.empty_like(stats)
 
 
-_slim_batch_norm = define(
-    "slim_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? residual, "
-    "bool relu, float eps) -> (Tensor y, Tensor mean, Tensor var)",
-    slim_batch_norm_reference,
-    _fake,
-)
+slim_batch_norm_op = define(SCHEMA, slim_batch_norm_reference, _fake)
 
 
 # ---- backward: y is given where there was a ReLU, so that dz = dy * (y > 0).
@@ -160,11 +161,11 @@ def _batch_norm_gradients(dy, x, y, weight, bias, mean, var, batch_stats, needs_
         m = x.numel() // channels
         dx = dz - _per_channel(sum_dz / m) - x_hat * _per_channel(sum_dz_x_hat / m)
     dx = (dx * _per_channel(scale)).to(x.dtype)
-    dweight, dbias = (_full_width(s, p) for s, p in ((sum_dz_x_hat, weight), (sum_dz, bias)))
+    dweight, dbias = (full_width(s, p) for s, p in ((sum_dz_x_hat, weight), (sum_dz, bias)))
     return dx, dz.to(x.dtype) if needs_dz else x.new_empty(0), dweight, dbias
 
 
-def _full_width(grad: Tensor, parameter: Tensor | None) -> Tensor:
+def full_width(grad: Tensor, parameter: Tensor | None) -> Tensor:
     """The gradient of a full-width parameter from that of its first channels; empty for no parameter."""
     if parameter is None:
         return grad.new_empty(0)
@@ -179,7 +180,7 @@ def _backward_fake(dy, x, y, weight, bias, mean, var, batch_stats, needs_dz, eps
     return dx, dz, dweight, dbias
 
 
-_slim_batch_norm_backward = define(
+slim_batch_norm_backward_op = define(
     "slim_batch_norm_backward(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
     "bool batch_stats, bool needs_dz, float eps) -> (Tensor dx, Tensor dz, Tensor dweight, Tensor dbias)",
     slim_batch_norm_backward_reference,
@@ -191,45 +192,41 @@ _slim_batch_norm_backward = define(
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, given_mean, _, residual, relu, eps = inputs
+    given = Arguments(*inputs)
     y, mean, var = output
     ctx.mark_non_differentiable(mean, var)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, y if relu else None, weight, bias, mean, var)
-    ctx.batch_stats, ctx.eps = given_mean is None, eps
-    ctx.has_residual = residual is not None
+    ctx.save_for_backward(given.x, y if given.relu else None, given.weight, given.bias, mean, var)
+    ctx.batch_stats, ctx.eps = given.mean is None, given.eps
+    ctx.has_residual = given.residual is not None
 
 
 def _backward(ctx, saved, needs, dy, *_):
     if dy is None:
-        return (None,) * 8
+        return Arguments()
     x, y, weight, bias, mean, var = saved
-    needs_dresidual = ctx.has_residual and needs[5]
-    dx, dz, dweight, dbias = _slim_batch_norm_backward(
+    needs = Arguments(*needs)
+    needs_dresidual = ctx.has_residual and needs.residual
+    dx, dz, dweight, dbias = slim_batch_norm_backward_op(
         dy, x, y, weight, bias, mean, var, ctx.batch_stats, needs_dresidual and y is not None, ctx.eps
     )
-    dresidual = (dy if y is None else dz) if needs_dresidual else None
-    return (
-        dx if needs[0] else None,
-        None if weight is None else dweight,
-        None if bias is None else dbias,
-        None,
-        None,
-        dresidual,
-        None,
-        None,
+    return Arguments(
+        x=dx if needs.x else None,
+        weight=None if weight is None else dweight,
+        bias=None if bias is None else dbias,
+        residual=(dy if y is None else dz) if needs_dresidual else None,
     )
 
 
-_apply = differentiable(_slim_batch_norm, _setup_context, _backward, slim_batch_norm_composition, cpp=True)
-composed(_slim_batch_norm_backward, slim_batch_norm_backward_composition)
+_apply = differentiable(slim_batch_norm_op, _setup_context, _backward, slim_batch_norm_composition, cpp=True)
+composed(slim_batch_norm_backward_op, slim_batch_norm_backward_composition)
 
 
 # ---- statistics of the batch that are known already: those of the convolution that wrote x
 
 
 def slim_batch_norm_precomputed_reference(x, weight, bias, mean, var, residual, relu, eps):
-    return _slim_batch_norm(x, weight, bias, mean, var, residual, relu, eps)[0]
+    return slim_batch_norm_op(x, weight, bias, mean, var, residual, relu, eps)[0]
 
 
 _slim_batch_norm_precomputed = define(
@@ -242,9 +239,9 @@ _slim_batch_norm_precomputed = define(
 
 
 def _precomputed_setup_context(ctx, inputs, output):
-    x, weight, bias, mean, var, residual, relu, ctx.eps = inputs
-    ctx.save_for_backward(x, output if relu else None, weight, bias, mean, var)
-    ctx.batch_stats, ctx.has_residual = True, residual is not None
+    given = Arguments(*inputs)
+    ctx.save_for_backward(given.x, output if given.relu else None, given.weight, given.bias, given.mean, given.var)
+    ctx.batch_stats, ctx.eps, ctx.has_residual = True, given.eps, given.residual is not None
 
 
 def _precomputed_composition(x, weight, bias, mean, var, residual, relu, eps):

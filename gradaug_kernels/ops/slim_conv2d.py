@@ -19,7 +19,6 @@ without full-size temporaries.
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 from torch.utils.flop_counter import conv_backward_flop, conv_flop_count
 
 from .._library import (
@@ -41,6 +40,7 @@ from ._common import (
     check_written,
     in_autocast,
 )
+from ._conv import CONVOLUTION, OPTIONS, Options, convolution_arguments, memory_format, output_shape
 
 _MOST = 2**31 - 1  # of stride, padding and dilation: what kernels reckon with stays far from 64 bits
 
@@ -49,17 +49,7 @@ def _slice(weight: Tensor, out_channels: int, in_channels: int, groups: int) -> 
     return weight[:out_channels, : in_channels // groups]  # [out, in / groups, KH, KW]
 
 
-def _output_size(size, kernel, stride, padding, dilation):
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
-def _memory_format(*tensors: Tensor) -> torch.memory_format:
-    """NHWC if one of the tensors is, as torch's convolutions choose."""
-    nhwc = any(suggest_memory_format(tensor) == torch.channels_last for tensor in tensors)
-    return torch.channels_last if nhwc else torch.contiguous_format
-
-
-def check_slim_conv2d(x, weight, bias, out_channels, stride, padding, dilation, groups) -> None:
+def check_slim_conv2d(x, weight, bias, out_channels, *options) -> None:
     """The contract of the arguments, for the operator and for its fake alike.
 
     Raises:
@@ -72,13 +62,14 @@ def check_slim_conv2d(x, weight, bias, out_channels, stride, padding, dilation, 
     if weight.dim() != 4:
         raise ValueError(f"weight must be [O, I / groups, KH, KW], got {weight.dim()} dimensions")
     check_same_dtype_and_device(x, weight=weight, bias=bias)
-    check_sizes(x.shape, weight.shape, out_channels, stride, padding, dilation, groups)
+    check_sizes(x.shape, weight.shape, out_channels, *options)
     if bias is not None and (bias.dim() != 1 or bias.shape[0] < out_channels):
         raise ValueError(f"bias must have at least {out_channels} elements, got shape {tuple(bias.shape)}")
 
 
-def check_sizes(x_size, weight_size, out_channels, stride, padding, dilation, groups) -> None:
+def check_sizes(x_size, weight_size, out_channels, *options) -> None:
     """The part of check_slim_conv2d that is about sizes: [N, C, H, W] and [O, I / groups, KH, KW]."""
+    stride, padding, dilation, groups = options
     in_channels = x_size[1]
     if not 0 < out_channels <= weight_size[0]:
         raise ValueError(f"out_channels must be in [1, {weight_size[0]}], got {out_channels}")
@@ -107,15 +98,14 @@ def check_sizes(x_size, weight_size, out_channels, stride, padding, dilation, gr
             )
 
 
-def _check_output_gradient(dy, x_size, weight, stride, padding, dilation, groups) -> None:
-    check_sizes(x_size, weight.shape, dy.shape[1], stride, padding, dilation, groups)
-    size = [_output_size(x_size[2 + a], weight.shape[2 + a], stride[a], padding[a], dilation[a]) for a in (0, 1)]
-    expected = (x_size[0], dy.shape[1], *size)
+def _check_output_gradient(dy, x_size, weight, *options) -> None:
+    check_sizes(x_size, weight.shape, dy.shape[1], *options)
+    expected = output_shape(x_size, weight.shape, dy.shape[1], *options)
     if tuple(dy.shape) != expected:
         raise ValueError(f"dy must have the shape of the output, {expected}, got {tuple(dy.shape)}")
 
 
-def check_slim_conv2d_input_grad(dy, weight, input_size, *geometry) -> None:
+def check_slim_conv2d_input_grad(dy, weight, input_size, *options) -> None:
     """As check_slim_conv2d, for the operator of the input gradient."""
     if dy.dim() != 4 or weight.dim() != 4 or len(input_size) != 4:
         raise ValueError(
@@ -124,10 +114,10 @@ def check_slim_conv2d_input_grad(dy, weight, input_size, *geometry) -> None:
         )
     check_floating("dy", dy)
     check_same_dtype_and_device(dy, name="dy", weight=weight)
-    _check_output_gradient(dy, input_size, weight, *geometry)
+    _check_output_gradient(dy, input_size, weight, *options)
 
 
-def check_slim_conv2d_weight_grad(dy, x, dweight, *geometry) -> None:
+def check_slim_conv2d_weight_grad(dy, x, dweight, *options) -> None:
     """As check_slim_conv2d, for the operators of the weight gradient. dweight: a buffer, or the weight itself."""
     if dy.dim() != 4 or x.dim() != 4 or dweight.dim() != 4:
         raise ValueError(
@@ -135,7 +125,7 @@ def check_slim_conv2d_weight_grad(dy, x, dweight, *geometry) -> None:
             f"{dy.dim()}, {x.dim()} and {dweight.dim()} dimensions"
         )
     check_gradients_beside(x, dy, dweight)
-    _check_output_gradient(dy, x.shape, dweight, *geometry)
+    _check_output_gradient(dy, x.shape, dweight, *options)
 
 
 # ---- forward: schema, composition, reference, fake
@@ -155,56 +145,52 @@ def _weight_for_torch(w: Tensor, groups: int) -> Tensor:
     return w.clone(memory_format=torch.contiguous_format) if on_cpu_in_groups and 1 in w.shape[2:] else w
 
 
-def slim_conv2d_composition(x, weight, bias, out_channels, stride, padding, dilation, groups):
+def slim_conv2d_composition(x, weight, bias, out_channels, *options):
+    stride, _, _, groups = options
     image = _for_torch(x, stride)
     bias = None if bias is None else bias[:out_channels].to(image.dtype)
     w = _weight_for_torch(_slice(weight, out_channels, x.shape[1], groups).to(image.dtype), groups)
-    return torch.nn.functional.conv2d(image, w, bias, stride, padding, dilation, groups).to(x.dtype)
+    return torch.nn.functional.conv2d(image, w, bias, *options).to(x.dtype)
 
 
-def slim_conv2d_reference(x, weight, *arguments):
-    check_slim_conv2d(x, weight, *arguments)
-    return slim_conv2d_composition(x, weight, *arguments).contiguous(memory_format=_memory_format(x, weight))
+def slim_conv2d_reference(x, weight, *others):
+    check_slim_conv2d(x, weight, *others)
+    return slim_conv2d_composition(x, weight, *others).contiguous(memory_format=memory_format(x, weight))
 
 
-def _fake(x, weight, bias, out_channels, stride, padding, dilation, groups):
-    check_slim_conv2d(x, weight, bias, out_channels, stride, padding, dilation, groups)
-    size = [_output_size(x.shape[2 + a], weight.shape[2 + a], stride[a], padding[a], dilation[a]) for a in (0, 1)]
-    return x.new_empty(x.shape[0], out_channels, *size).contiguous(memory_format=_memory_format(x, weight))
+def slim_conv2d_fake(x, weight, bias, out_channels, *options):
+    check_slim_conv2d(x, weight, bias, out_channels, *options)
+    y = x.new_empty(output_shape(x.shape, weight.shape, out_channels, *options))
+    return y.contiguous(memory_format=memory_format(x, weight))
 
 
-_slim_conv2d = define(
-    "slim_conv2d(Tensor x, Tensor weight, Tensor? bias, SymInt out_channels, "
-    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor",
-    slim_conv2d_reference,
-    _fake,
-)
+slim_conv2d_op = define(f"slim_conv2d(Tensor x, {CONVOLUTION}) -> Tensor", slim_conv2d_reference, slim_conv2d_fake)
 
 
 # ---- input gradient
 
 
-def slim_conv2d_input_grad_composition(dy, weight, input_size, stride, padding, dilation, groups):
+def slim_conv2d_input_grad_composition(dy, weight, input_size, *options):
+    groups = Options(*options).groups
     w = _weight_for_torch(_slice(weight, dy.shape[1], input_size[1], groups).to(dy.dtype), groups)
     if dy.numel() > 0:
-        return torch.nn.grad.conv2d_input(input_size, w, dy, stride, padding, dilation, groups)
+        return torch.nn.grad.conv2d_input(input_size, w, dy, *options)
     return dy.new_zeros(input_size)
 
 
-def slim_conv2d_input_grad_reference(dy, weight, *arguments):
-    check_slim_conv2d_input_grad(dy, weight, *arguments)
-    dx = slim_conv2d_input_grad_composition(dy, weight, *arguments)
-    return dx.contiguous(memory_format=_memory_format(dy, weight))
+def slim_conv2d_input_grad_reference(dy, weight, *others):
+    check_slim_conv2d_input_grad(dy, weight, *others)
+    dx = slim_conv2d_input_grad_composition(dy, weight, *others)
+    return dx.contiguous(memory_format=memory_format(dy, weight))
 
 
-def _input_grad_fake(dy, weight, input_size, stride, padding, dilation, groups):
-    check_slim_conv2d_input_grad(dy, weight, input_size, stride, padding, dilation, groups)
-    return dy.new_empty(input_size).contiguous(memory_format=_memory_format(dy, weight))
+def _input_grad_fake(dy, weight, input_size, *options):
+    check_slim_conv2d_input_grad(dy, weight, input_size, *options)
+    return dy.new_empty(input_size).contiguous(memory_format=memory_format(dy, weight))
 
 
-_slim_conv2d_input_grad = define(
-    "slim_conv2d_input_grad(Tensor dy, Tensor weight, SymInt[4] input_size, "
-    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor",
+slim_conv2d_input_grad_op = define(
+    f"slim_conv2d_input_grad(Tensor dy, Tensor weight, SymInt[4] input_size, {OPTIONS}) -> Tensor",
     slim_conv2d_input_grad_reference,
     _input_grad_fake,
 )
@@ -213,47 +199,47 @@ _slim_conv2d_input_grad = define(
 # ---- weight gradient: added to the slice of a full-size buffer
 
 
-def slim_conv2d_weight_grad__reference(dy, x, dweight, stride, padding, dilation, groups):
-    check_slim_conv2d_weight_grad(dy, x, dweight, stride, padding, dilation, groups)
+def slim_conv2d_weight_grad__reference(dy, x, dweight, *options):
+    check_slim_conv2d_weight_grad(dy, x, dweight, *options)
     check_written("dweight", dweight, dy=dy, x=x)
+    stride, _, _, groups = options
     target = _slice(dweight, dy.shape[1], x.shape[1], groups)  # [out, in / groups, KH, KW]
     if dy.numel() > 0:
         x = _for_torch(x, stride)
-        target += torch.nn.grad.conv2d_weight(x, target.shape, dy.to(x.dtype), stride, padding, dilation, groups)
+        target += torch.nn.grad.conv2d_weight(x, target.shape, dy.to(x.dtype), *options)
 
 
-def _weight_grad_fake(dy, x, dweight, stride, padding, dilation, groups):
-    check_slim_conv2d_weight_grad(dy, x, dweight, stride, padding, dilation, groups)
+def _weight_grad_fake(dy, x, dweight, *options):
+    check_slim_conv2d_weight_grad(dy, x, dweight, *options)
     return torch.empty_like(dweight)
 
 
-_slim_conv2d_weight_grad_ = define(
-    "slim_conv2d_weight_grad_(Tensor dy, Tensor x, Tensor(a!) dweight, "
-    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> ()",
+slim_conv2d_weight_grad__op = define(
+    f"slim_conv2d_weight_grad_(Tensor dy, Tensor x, Tensor(a!) dweight, {OPTIONS}) -> ()",
     slim_conv2d_weight_grad__reference,
     check_slim_conv2d_weight_grad,
 )
 
 
-def slim_conv2d_weight_grad_composition(dy, x, weight, stride, padding, dilation, groups):
+def slim_conv2d_weight_grad_composition(dy, x, weight, *options):
+    stride, _, _, groups = options
     size = _slice(weight, dy.shape[1], x.shape[1], groups).shape  # [out, in / groups, KH, KW]
     if dy.numel() == 0:
         return torch.zeros_like(weight)
     x = _for_torch(x, stride)
-    dw = torch.nn.grad.conv2d_weight(x, size, dy.to(x.dtype), stride, padding, dilation, groups)
+    dw = torch.nn.grad.conv2d_weight(x, size, dy.to(x.dtype), *options)
     beyond = (weight.shape[1] - size[1], weight.shape[0] - size[0])
     return torch.nn.functional.pad(dw, (0, 0, 0, 0, 0, beyond[0], 0, beyond[1])).to(weight.dtype)
 
 
-def slim_conv2d_weight_grad_reference(dy, x, weight, stride, padding, dilation, groups):
+def slim_conv2d_weight_grad_reference(dy, x, weight, *options):
     dweight = torch.zeros_like(weight)
-    _slim_conv2d_weight_grad_(dy, x, dweight, stride, padding, dilation, groups)
+    slim_conv2d_weight_grad__op(dy, x, dweight, *options)
     return dweight
 
 
-_slim_conv2d_weight_grad = define(
-    "slim_conv2d_weight_grad(Tensor dy, Tensor x, Tensor weight, "
-    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor",
+slim_conv2d_weight_grad_op = define(
+    f"slim_conv2d_weight_grad(Tensor dy, Tensor x, Tensor weight, {OPTIONS}) -> Tensor",
     slim_conv2d_weight_grad_reference,
     _weight_grad_fake,
     composite=True,
@@ -263,50 +249,51 @@ _slim_conv2d_weight_grad = define(
 # ---- autograd
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, bias, _, *ctx.geometry = inputs
+def save_for_gradients(ctx, inputs, output):
+    x, weight, bias, _, *ctx.options = inputs
     ctx.save_for_backward(x, weight)
     ctx.bias_size = None if bias is None else bias.shape[0]
 
 
-def _gradients(ctx, saved, needs, dy, weight_grad):
+def slim_conv2d_gradients(ctx, saved, needs, dy, weight_grad):
     """The gradients of all inputs of the operator; that of weight is added to weight_grad, if that is a buffer."""
     x, weight = saved
-    needs_x, needs_weight, needs_bias = needs[:3]
+    needs_x, needs_weight, needs_bias, *_ = needs
     dx = dweight = dbias = None
     if needs_weight and weight_grad is None:
-        dweight = _slim_conv2d_weight_grad(dy, x, weight, *ctx.geometry)
+        dweight = slim_conv2d_weight_grad_op(dy, x, weight, *ctx.options)
     elif needs_weight:
-        _slim_conv2d_weight_grad_(dy, x, weight_grad, *ctx.geometry)
+        slim_conv2d_weight_grad__op(dy, x, weight_grad, *ctx.options)
     if needs_x:  # last, so that it is still in the caches when the layer before reads it
-        dx = _slim_conv2d_input_grad(dy, weight, x.shape, *ctx.geometry)
+        dx = slim_conv2d_input_grad_op(dy, weight, x.shape, *ctx.options)
     if needs_bias:
         dbias = bias_grad(dy, 1, ctx.bias_size)
     return dx, dweight, dbias, None, None, None, None, None
 
 
 def _backward(ctx, saved, needs, dy):
-    return _gradients(ctx, saved, needs, dy, None)
+    return slim_conv2d_gradients(ctx, saved, needs, dy, None)
 
 
-_apply = differentiable(_slim_conv2d, _setup_context, _backward, slim_conv2d_composition, cpp=True)
-_apply_into_buffer = differentiable_into_buffer(_slim_conv2d, _setup_context, _gradients, cpp=True)
-composed(_slim_conv2d_input_grad, slim_conv2d_input_grad_composition)
-composed(_slim_conv2d_weight_grad, slim_conv2d_weight_grad_composition)
-not_differentiable(_slim_conv2d_weight_grad_)
+_apply = differentiable(slim_conv2d_op, save_for_gradients, _backward, slim_conv2d_composition, cpp=True)
+_apply_into_buffer = differentiable_into_buffer(slim_conv2d_op, save_for_gradients, slim_conv2d_gradients, cpp=True)
+composed(slim_conv2d_input_grad_op, slim_conv2d_input_grad_composition)
+composed(slim_conv2d_weight_grad_op, slim_conv2d_weight_grad_composition)
+not_differentiable(slim_conv2d_weight_grad__op)
 
 
 # ---- floating-point operations, those of PyTorch's convolution of the slice
 
 
-def forward_flops(x, weight, bias, out_channels, stride, padding, dilation, groups) -> int:
+def forward_flops(x, weight, bias, out_channels, *options) -> int:
     """Of the arguments of `slim_conv2d`, tensors as their shapes."""
-    size = [_output_size(x[2 + a], weight[2 + a], stride[a], padding[a], dilation[a]) for a in (0, 1)]
-    return conv_flop_count(x, _sliced_shape(weight, out_channels, x[1], groups), (x[0], out_channels, *size))
+    w = _sliced_shape(weight, out_channels, x[1], Options(*options).groups)
+    return conv_flop_count(x, w, output_shape(x, weight, out_channels, *options))
 
 
-def backward_flops(dy, x, weight, groups, needs_dx: bool, needs_dweight: bool) -> int:
+def backward_flops(dy, x, weight, options, needs_dx: bool, needs_dweight: bool) -> int:
     """Of the gradients of x and of the slice of weight, from shapes."""
+    groups = Options(*options).groups
     w = _sliced_shape(weight, dy[1], x[1], groups)
     geometry = (None, None, None, None, False, None, groups)  # bias, stride, padding, dilation, transposed, ...
     return conv_backward_flop(dy, x, w, *geometry, (needs_dx, needs_dweight, False), out_val=(x, w, None))
@@ -316,23 +303,19 @@ def _sliced_shape(weight, out_channels: int, in_channels: int, groups: int) -> t
     return (out_channels, in_channels // groups, *weight[2:])
 
 
-count_flops(_slim_conv2d, forward_flops)
-count_flops(_slim_conv2d_input_grad, lambda dy, w, x, *geometry: backward_flops(dy, x, w, geometry[-1], True, False))
-for _op in (_slim_conv2d_weight_grad, _slim_conv2d_weight_grad_):
-    count_flops(_op, lambda dy, x, w, *geometry: backward_flops(dy, x, w, geometry[-1], False, True))
+count_flops(slim_conv2d_op, forward_flops)
+count_flops(slim_conv2d_input_grad_op, lambda dy, w, x, *options: backward_flops(dy, x, w, options, True, False))
+for _op in (slim_conv2d_weight_grad_op, slim_conv2d_weight_grad__op):
+    count_flops(_op, lambda dy, x, w, *options: backward_flops(dy, x, w, options, False, True))
 
 
-@autocast_rule(_slim_conv2d)
-def _autocast(dtype, x, weight, bias, *geometry):
-    return x.to(dtype), autocast_parameter(dtype, weight), autocast_parameter(dtype, bias), *geometry
+@autocast_rule(slim_conv2d_op)
+def cast_slim_conv2d(dtype, x, weight, bias, *others):
+    """The operator's arguments inside autocast."""
+    return x.to(dtype), autocast_parameter(dtype, weight), autocast_parameter(dtype, bias), *others
 
 
 # ---- public function
-
-
-def _out_channels_and_geometry(weight, out_channels, stride, padding, dilation, groups) -> tuple[int, tuple]:
-    pairs = [[v, v] if isinstance(v, int) else list(v) for v in (stride, padding, dilation)]
-    return weight.shape[0] if out_channels is None else out_channels, (*pairs, groups)
 
 
 def slim_conv2d(
@@ -365,12 +348,12 @@ def slim_conv2d(
     Raises:
         ValueError, TypeError: as `check_slim_conv2d`, when shapes or dtypes do not fit.
     """
-    out_channels, geometry = _out_channels_and_geometry(weight, out_channels, stride, padding, dilation, groups)
-    check_slim_conv2d(x, weight, bias, out_channels, *geometry)
+    convolution = convolution_arguments(weight, bias, out_channels, stride, padding, dilation, groups)
+    check_slim_conv2d(x, *convolution)
     if weight_grad is not None:
         check_gradient_buffer(weight_grad, weight)
     if in_autocast(x):
-        x, weight, bias = _autocast(torch.get_autocast_dtype(x.device.type), x, weight, bias)
+        x, *convolution = cast_slim_conv2d(torch.get_autocast_dtype(x.device.type), x, *convolution)
     if weight_grad is not None:
-        return _apply_into_buffer(x, weight, bias, out_channels, *geometry, weight_grad)
-    return _apply(x, weight, bias, out_channels, *geometry)
+        return _apply_into_buffer(x, *convolution, weight_grad)
+    return _apply(x, *convolution)

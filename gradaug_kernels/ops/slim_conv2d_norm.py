@@ -13,8 +13,6 @@ convolution to many channels, such as the last of a bottleneck block, whose c is
     out_gamma, out_beta                        [F] or None, F >= out_channels; float32, or the dtype of x
 """
 
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -27,265 +25,183 @@ from .._library import (
     differentiable_into_buffer,
     not_differentiable,
 )
-from ._common import autocast_parameter, check_gradient_buffer, check_same_device, check_written, in_autocast
+from ._common import (
+    arguments_of,
+    autocast_parameter,
+    check_gradient_buffer,
+    check_same_device,
+    check_written,
+    in_autocast,
+)
+from ._conv import CONVOLUTION, OPTIONS, Convolution, Options, convolution_arguments, memory_format, output_shape
+from ._norm import (
+    NORM,
+    NORM_BACKWARD,
+    cast_norm,
+    norm_gradients_fake,
+    norm_gradients_of,
+    norm_of,
+    normalised,
+    statistics_fake,
+)
 from .slim_batch_norm import (
-    _full_width,
-    _slim_batch_norm,
-    _slim_batch_norm_backward,
     check_slim_batch_norm,
     check_slim_batch_norm_backward,
+    full_width,
     slim_batch_norm_backward_composition,
+    slim_batch_norm_backward_op,
     slim_batch_norm_composition,
+    slim_batch_norm_op,
 )
-from .slim_conv2d import _fake as _conv_fake
 from .slim_conv2d import (
-    _memory_format,
-    _out_channels_and_geometry,
-    _output_size,
-    _slim_conv2d,
-    _slim_conv2d_input_grad,
-    _slim_conv2d_weight_grad_,
     backward_flops,
     check_slim_conv2d,
     check_slim_conv2d_weight_grad,
     forward_flops,
     slim_conv2d_composition,
+    slim_conv2d_fake,
     slim_conv2d_input_grad_composition,
+    slim_conv2d_input_grad_op,
+    slim_conv2d_op,
+    slim_conv2d_weight_grad__op,
     slim_conv2d_weight_grad_composition,
 )
-from .slim_norm_conv2d import CONV, GEOMETRY, NORM, _statistics_fake, cast_norm, norm_grad_fakes, normalised
+
+SCHEMA = (
+    f"slim_conv2d_norm(Tensor x, bool normalise, {NORM}, {CONVOLUTION}, Tensor? out_mean, Tensor? out_var, "
+    "Tensor? out_gamma, Tensor? out_beta, Tensor? residual, bool out_relu, float out_eps) "
+    "-> (Tensor y, Tensor out_mean, Tensor out_var, Tensor mean, Tensor var)"
+)
+Arguments = arguments_of(SCHEMA)
 
 
-class _Inputs(NamedTuple):
-    """The operator's arguments; and their gradients, None where there is none."""
-
-    x: Any = None
-    normalise: Any = None
-    mean: Any = None
-    var: Any = None
-    gamma: Any = None
-    beta: Any = None
-    batch_stats: Any = None
-    relu: Any = None
-    eps: Any = None
-    weight: Any = None
-    bias: Any = None
-    out_channels: Any = None
-    stride: Any = None
-    padding: Any = None
-    dilation: Any = None
-    groups: Any = None
-    out_mean: Any = None
-    out_var: Any = None
-    out_gamma: Any = None
-    out_beta: Any = None
-    residual: Any = None
-    out_relu: Any = None
-    out_eps: Any = None
-
-    @property
-    def convolution(self) -> tuple:
-        """What slim_conv2d takes after x."""
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
-        return self.weight, self.bias, self.out_channels, *geometry
-
-    @property
-    def out_norm(self) -> tuple:
-        """What slim_batch_norm takes after x."""
-        statistics = (self.out_mean, self.out_var)
-        return self.out_gamma, self.out_beta, *statistics, self.residual, self.out_relu, self.out_eps
+def _out_norm_of(a) -> tuple:
+    """What slim_batch_norm takes after c."""
+    return a.out_gamma, a.out_beta, a.out_mean, a.out_var, a.residual, a.out_relu, a.out_eps
 
 
-# ---- forward: schema, reference, fake
+# ---- forward: reference, fake
 
 
-def slim_conv2d_norm_reference(*inputs):
-    i = _Inputs(*inputs)
-    a, mean, var = i.x, i.x.new_empty(0), i.x.new_empty(0)
-    if i.normalise:
-        a, mean, var = _slim_batch_norm(i.x, i.gamma, i.beta, i.mean, i.var, None, i.relu, i.eps)
-    return *_slim_batch_norm(_slim_conv2d(a, *i.convolution), *i.out_norm), mean, var
+def slim_conv2d_norm_reference(*arguments):
+    a = Arguments(*arguments)
+    activation, mean, var = a.x, a.x.new_empty(0), a.x.new_empty(0)
+    if a.normalise:
+        activation, mean, var = slim_batch_norm_op(a.x, *norm_of(a))
+    c = slim_conv2d_op(activation, *Convolution.of(a))
+    return *slim_batch_norm_op(c, *_out_norm_of(a)), mean, var
 
 
-def check_slim_conv2d_norm(*inputs) -> None:
+def check_slim_conv2d_norm(*arguments) -> None:
     """The contract of the arguments, for the operator and for its fake alike.
 
     Raises:
         ValueError: for shapes that do not fit. TypeError: for dtypes that are not floating or that differ.
     """
-    i = _Inputs(*inputs)
-    x, weight = i.x, i.weight
-    check_slim_conv2d(x, *i.convolution)
-    if i.normalise:
-        check_slim_batch_norm(x, i.gamma, i.beta, i.mean, i.var, None, i.relu, i.eps, names=("gamma", "beta"))
-    elif not (i.mean is i.var is i.gamma is i.beta is None):
+    a = Arguments(*arguments)
+    check_slim_conv2d(a.x, *Convolution.of(a))
+    if a.normalise:
+        check_slim_batch_norm(a.x, *norm_of(a), names=("gamma", "beta"))
+    elif not (a.mean is a.var is a.gamma is a.beta is None):
         raise ValueError("mean, var, gamma and beta must be None where x is not normalised")
-    size = [_output_size(x.shape[2 + a], weight.shape[2 + a], i.stride[a], i.padding[a], i.dilation[a]) for a in (0, 1)]
-    c = x.new_empty(1).expand(x.shape[0], i.out_channels, *size)
-    check_slim_batch_norm(c, *i.out_norm, names=("out_gamma", "out_beta"))
+    c = a.x.new_empty(1).expand(output_shape(a.x.shape, a.weight.shape, a.out_channels, *Options.of(a)))
+    check_slim_batch_norm(c, *_out_norm_of(a), names=("out_gamma", "out_beta"))
 
 
-def _fake(*inputs):
-    check_slim_conv2d_norm(*inputs)
-    i = _Inputs(*inputs)
-    others = {name: getattr(i, name) for name in ("mean", "var", "gamma", "beta", "residual")}
-    others |= {name: getattr(i, name) for name in ("out_mean", "out_var", "out_gamma", "out_beta")}
-    check_same_device(i.x, **others)
-    c = _conv_fake(i.x, *i.convolution)
-    mean, var = _statistics_fake(i.x) if i.normalise else (i.x.new_empty(0), i.x.new_empty(0))
-    return c, *_statistics_fake(c), mean, var
+def _fake(*arguments):
+    check_slim_conv2d_norm(*arguments)
+    a = Arguments(*arguments)
+    others = {name: getattr(a, name) for name in ("mean", "var", "gamma", "beta", "residual")}
+    others |= {name: getattr(a, name) for name in ("out_mean", "out_var", "out_gamma", "out_beta")}
+    check_same_device(a.x, **others)
+    c = slim_conv2d_fake(a.x, *Convolution.of(a))
+    mean, var = statistics_fake(a.x) if a.normalise else (a.x.new_empty(0), a.x.new_empty(0))
+    return c, *statistics_fake(c), mean, var
 
 
-_slim_conv2d_norm = define(
-    f"slim_conv2d_norm(Tensor x, bool normalise, {NORM}, {CONV}, Tensor? out_mean, Tensor? out_var, "
-    "Tensor? out_gamma, Tensor? out_beta, Tensor? residual, bool out_relu, float out_eps) "
-    "-> (Tensor y, Tensor out_mean, Tensor out_var, Tensor mean, Tensor var)",
-    slim_conv2d_norm_reference,
-    _fake,
-    composite=True,
-)
+_slim_conv2d_norm = define(SCHEMA, slim_conv2d_norm_reference, _fake, composite=True)
 
 
 # ---- backward: one operator, as in slim_norm_conv2d.py. What is not needed is an empty tensor.
 
-
-class _BackwardInputs(NamedTuple):
-    """The arguments of `slim_conv2d_norm_backward`; `slim_conv2d_norm_backward_` takes dweight after bias too."""
-
-    dy: Tensor
-    x: Tensor
-    y: Tensor | None
-    normalise: bool
-    mean: Tensor
-    var: Tensor
-    gamma: Tensor | None
-    beta: Tensor | None
-    batch_stats: bool
-    relu: bool
-    eps: float
-    weight: Tensor
-    bias: Tensor | None
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
-    groups: int
-    out_mean: Tensor
-    out_var: Tensor
-    out_gamma: Tensor | None
-    out_beta: Tensor | None
-    out_batch_stats: bool
-    out_eps: float
-    needs_dx: bool
-    needs_dweight: bool
-    needs_dz: bool
-
-    @classmethod
-    def split(cls, arguments: tuple) -> tuple["_BackwardInputs", Tensor]:
-        """Those of `slim_conv2d_norm_backward_` without dweight, and dweight."""
-        return cls(*arguments[:_DWEIGHT], *arguments[_DWEIGHT + 1 :]), arguments[_DWEIGHT]
-
-    def with_buffer(self, dweight: Tensor) -> tuple:
-        return *self[:_DWEIGHT], dweight, *self[_DWEIGHT:]
-
-    @property
-    def geometry(self) -> tuple:
-        return self.stride, self.padding, self.dilation, self.groups
-
-    @property
-    def norm(self) -> tuple:
-        return self.mean, self.var, self.gamma, self.beta, self.batch_stats, self.relu, self.eps
-
-    def out_norm_backward(self, c: Tensor) -> tuple:
-        """The arguments of slim_batch_norm_backward for the norm of c."""
-        parameters = (self.out_gamma, self.out_beta, self.out_mean, self.out_var)
-        return self.dy, c, self.y, *parameters, self.out_batch_stats, self.needs_dz, self.out_eps
-
-    def norm_backward(self, da: Tensor, a: Tensor) -> tuple:
-        """The arguments of slim_batch_norm_backward for the norm of x."""
-        parameters = (self.gamma, self.beta, self.mean, self.var)
-        return da, self.x, a if self.relu else None, *parameters, self.batch_stats, False, self.eps
-
-
-_DWEIGHT = _BackwardInputs._fields.index("bias") + 1
-
-
-def slim_conv2d_norm_backward__reference(*arguments):
-    i, dweight = _BackwardInputs.split(arguments)
-    if i.needs_dweight:
-        check_written("dweight", dweight, dy=i.dy, x=i.x)  # which is read after dweight is written
-    a = i.x
-    if i.normalise:
-        a, *_ = _slim_batch_norm(i.x, i.gamma, i.beta, i.mean, i.var, None, i.relu, i.eps)
-    c = _slim_conv2d(a, i.weight, i.bias, i.dy.shape[1], *i.geometry)
-    dc, dz, dout_gamma, dout_beta = _slim_batch_norm_backward(*i.out_norm_backward(c))
-    del c
-    dbias = i.out_mean.new_empty(0) if i.bias is None else _full_width(dc.sum((0, 2, 3)), i.bias)
-    if i.needs_dweight:
-        _slim_conv2d_weight_grad_(dc, a, dweight, *i.geometry)
-    dx, dgamma, dbeta = i.x.new_empty(0), i.mean.new_empty(0), i.mean.new_empty(0)
-    if i.needs_dx:
-        dx = _slim_conv2d_input_grad(dc, i.weight, i.x.shape, *i.geometry)
-        del dc
-        if i.normalise:
-            dx, _, dgamma, dbeta = _slim_batch_norm_backward(*i.norm_backward(dx, a))
-    return dx, dgamma, dbeta, dbias, dout_gamma, dout_beta, dz
-
-
-def _gradient_fakes(i: _BackwardInputs, dweight: Tensor) -> tuple[Tensor, ...]:
-    check_slim_conv2d(i.x, i.weight, i.bias, i.dy.shape[1], *i.geometry)
-    check_slim_conv2d_weight_grad(i.dy, i.x, i.weight, *i.geometry)
-    if i.normalise:
-        check_slim_batch_norm(i.x, i.gamma, i.beta, i.mean, i.var, None, i.relu, i.eps, names=("gamma", "beta"))
-    check_slim_batch_norm_backward(*i.out_norm_backward(i.dy))
-    check_same_device(i.x, mean=i.mean, var=i.var, gamma=i.gamma, beta=i.beta, dweight=dweight)
-    if i.normalise or not i.needs_dx:
-        dx, dgamma, dbeta = norm_grad_fakes(i.x, i.mean, i.gamma, i.beta, i.needs_dx)
-    else:
-        dx, dgamma, dbeta = i.x.new_empty(i.x.shape), i.mean.new_empty(0), i.mean.new_empty(0)
-        dx = dx.contiguous(memory_format=_memory_format(i.x, i.weight))
-    dbias = i.out_mean.new_empty(0) if i.bias is None else torch.empty_like(i.bias)
-    douts = (i.out_mean.new_empty(0) if p is None else torch.empty_like(p) for p in (i.out_gamma, i.out_beta))
-    dz = i.dy.new_empty(0)
-    if i.needs_dz:
-        dz = i.dy.new_empty(i.dy.shape).contiguous(memory_format=_memory_format(i.x, i.weight))
-    return dx, dgamma, dbeta, dbias, *douts, dz
-
-
-_BACKWARD = (
-    "Tensor dy, Tensor x, Tensor? y, bool normalise, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, "
-    "bool batch_stats, bool relu, float eps, Tensor weight, Tensor? bias"
-)
+_BACKWARD = f"Tensor dy, Tensor x, Tensor? y, bool normalise, {NORM_BACKWARD}, Tensor weight, Tensor? bias"
 _BACKWARD_REST = (
-    f"{GEOMETRY}, Tensor out_mean, Tensor out_var, Tensor? out_gamma, Tensor? out_beta, bool out_batch_stats, "
+    f"{OPTIONS}, Tensor out_mean, Tensor out_var, Tensor? out_gamma, Tensor? out_beta, bool out_batch_stats, "
     "float out_eps, bool needs_dx, bool needs_dweight, bool needs_dz"
 )
 _GRADIENTS = "Tensor dx, Tensor dgamma, Tensor dbeta, Tensor dbias, Tensor dout_gamma, Tensor dout_beta, Tensor dz"
+BACKWARD_SCHEMA = f"slim_conv2d_norm_backward({_BACKWARD}, {_BACKWARD_REST}) -> ({_GRADIENTS}, Tensor dweight)"
+BACKWARD__SCHEMA = f"slim_conv2d_norm_backward_({_BACKWARD}, Tensor(a!) dweight, {_BACKWARD_REST}) -> ({_GRADIENTS})"
+BackwardArguments = arguments_of(BACKWARD_SCHEMA)
+BufferArguments = arguments_of(BACKWARD__SCHEMA)
+
+
+def _out_norm_gradients_of(a, c: Tensor) -> tuple:
+    """What slim_batch_norm_backward takes for the norm of c."""
+    norm = (a.out_gamma, a.out_beta, a.out_mean, a.out_var, a.out_batch_stats)
+    return a.dy, c, a.y, *norm, a.needs_dz, a.out_eps
+
+
+def slim_conv2d_norm_backward__reference(*arguments):
+    a = BufferArguments(*arguments)
+    if a.needs_dweight:
+        check_written("dweight", a.dweight, dy=a.dy, x=a.x)  # which is read after dweight is written
+    activation = slim_batch_norm_op(a.x, *norm_of(a))[0] if a.normalise else a.x
+    c = slim_conv2d_op(activation, a.weight, a.bias, a.dy.shape[1], *Options.of(a))
+    dc, dz, dout_gamma, dout_beta = slim_batch_norm_backward_op(*_out_norm_gradients_of(a, c))
+    del c
+    dbias = a.out_mean.new_empty(0) if a.bias is None else full_width(dc.sum((0, 2, 3)), a.bias)
+    if a.needs_dweight:
+        slim_conv2d_weight_grad__op(dc, activation, a.dweight, *Options.of(a))
+    dx, dgamma, dbeta = a.x.new_empty(0), a.mean.new_empty(0), a.mean.new_empty(0)
+    if a.needs_dx:
+        dx = slim_conv2d_input_grad_op(dc, a.weight, a.x.shape, *Options.of(a))
+        del dc
+        if a.normalise:
+            norm = norm_gradients_of(a, activation if a.relu else None)
+            dx, _, dgamma, dbeta = slim_batch_norm_backward_op(dx, a.x, *norm)
+    return dx, dgamma, dbeta, dbias, dout_gamma, dout_beta, dz
+
+
+def _backward__fake(*arguments):
+    a = BufferArguments(*arguments)
+    check_slim_conv2d(a.x, a.weight, a.bias, a.dy.shape[1], *Options.of(a))
+    check_slim_conv2d_weight_grad(a.dy, a.x, a.weight, *Options.of(a))
+    if a.normalise:
+        check_slim_batch_norm(a.x, *norm_of(a), names=("gamma", "beta"))
+    check_slim_batch_norm_backward(*_out_norm_gradients_of(a, a.dy))
+    check_same_device(a.x, mean=a.mean, var=a.var, gamma=a.gamma, beta=a.beta, dweight=a.dweight)
+    fmt = memory_format(a.x, a.weight)
+    if a.normalise or not a.needs_dx:
+        dx, dgamma, dbeta = norm_gradients_fake(a.x, a.mean, a.gamma, a.beta, a.needs_dx)
+    else:
+        dx, dgamma, dbeta = a.x.new_empty(a.x.shape), a.mean.new_empty(0), a.mean.new_empty(0)
+        dx = dx.contiguous(memory_format=fmt)
+    dbias = a.out_mean.new_empty(0) if a.bias is None else torch.empty_like(a.bias)
+    douts = (a.out_mean.new_empty(0) if p is None else torch.empty_like(p) for p in (a.out_gamma, a.out_beta))
+    dz = a.dy.new_empty(a.dy.shape).contiguous(memory_format=fmt) if a.needs_dz else a.dy.new_empty(0)
+    return dx, dgamma, dbeta, dbias, *douts, dz
+
 
 _slim_conv2d_norm_backward_ = define(
-    f"slim_conv2d_norm_backward_({_BACKWARD}, Tensor(a!) dweight, {_BACKWARD_REST}) -> ({_GRADIENTS})",
-    slim_conv2d_norm_backward__reference,
-    lambda *arguments: _gradient_fakes(*_BackwardInputs.split(arguments)),
-    composite=True,
+    BACKWARD__SCHEMA, slim_conv2d_norm_backward__reference, _backward__fake, composite=True
 )
 
 
 def slim_conv2d_norm_backward_reference(*arguments):
-    i = _BackwardInputs(*arguments)
-    dweight = torch.zeros_like(i.weight) if i.needs_dweight else i.weight.new_empty(0)
-    return *_slim_conv2d_norm_backward_(*i.with_buffer(dweight)), dweight
+    a = BackwardArguments(*arguments)
+    dweight = torch.zeros_like(a.weight) if a.needs_dweight else a.weight.new_empty(0)
+    return *_slim_conv2d_norm_backward_(*BufferArguments(dweight=dweight, **a._asdict())), dweight
 
 
 def _backward_fake(*arguments):
-    i = _BackwardInputs(*arguments)
-    dweight = torch.empty_like(i.weight) if i.needs_dweight else i.weight.new_empty(0)
-    return *_gradient_fakes(i, dweight), dweight
+    a = BackwardArguments(*arguments)
+    dweight = torch.empty_like(a.weight) if a.needs_dweight else a.weight.new_empty(0)
+    return *_backward__fake(*BufferArguments(dweight=dweight, **a._asdict())), dweight
 
 
 _slim_conv2d_norm_backward = define(
-    f"slim_conv2d_norm_backward({_BACKWARD}, {_BACKWARD_REST}) -> ({_GRADIENTS}, Tensor dweight)",
-    slim_conv2d_norm_backward_reference,
-    _backward_fake,
-    composite=True,
+    BACKWARD_SCHEMA, slim_conv2d_norm_backward_reference, _backward_fake, composite=True
 )
 
 
@@ -293,28 +209,28 @@ _slim_conv2d_norm_backward = define(
 
 
 def _setup_context(ctx, inputs, output):
-    i = _Inputs(*inputs)
+    given = Arguments(*inputs)
     y, *statistics = output
     ctx.mark_non_differentiable(*statistics)
     ctx.set_materialize_grads(False)
-    parameters = (i.gamma, i.beta, i.weight, i.bias, i.out_gamma, i.out_beta)
-    ctx.save_for_backward(i.x, y if i.out_relu else None, *parameters, *statistics)
-    ctx.normalise, ctx.relu, ctx.eps, ctx.out_eps = i.normalise, i.relu, i.eps, i.out_eps
-    ctx.geometry = (i.stride, i.padding, i.dilation, i.groups)
-    ctx.batch_stats, ctx.out_batch_stats = i.batch_stats or i.mean is None, i.out_mean is None
-    ctx.has_residual = i.residual is not None
+    parameters = (given.gamma, given.beta, given.weight, given.bias, given.out_gamma, given.out_beta)
+    ctx.save_for_backward(given.x, y if given.out_relu else None, *parameters, *statistics)
+    ctx.normalise, ctx.relu, ctx.eps, ctx.out_eps = given.normalise, given.relu, given.eps, given.out_eps
+    ctx.options = Options.of(given)
+    ctx.batch_stats, ctx.out_batch_stats = given.batch_stats or given.mean is None, given.out_mean is None
+    ctx.has_residual = given.residual is not None
 
 
 def _gradients(ctx, saved, needs, dy, weight_grad):
     """The gradients of all inputs of the operator; that of weight is added to weight_grad, if that is a buffer."""
     if dy is None:
-        return _Inputs()
+        return Arguments()
     x, y, gamma, beta, weight, bias, out_gamma, out_beta, out_mean, out_var, mean, var = saved
-    needs = _Inputs(*needs[: len(_Inputs._fields)])
+    needs = Arguments(*needs)
     needs_dresidual = ctx.has_residual and needs.residual
-    arguments = _BackwardInputs(
+    arguments = BackwardArguments(
         *(dy, x, y, ctx.normalise, mean, var, gamma, beta, ctx.batch_stats, ctx.relu, ctx.eps),
-        *(weight, bias, *ctx.geometry),
+        *(weight, bias, *ctx.options),
         *(out_mean, out_var, out_gamma, out_beta, ctx.out_batch_stats, ctx.out_eps),
         needs_dx=needs.x or needs.gamma or needs.beta,
         needs_dweight=needs.weight,
@@ -323,9 +239,10 @@ def _gradients(ctx, saved, needs, dy, weight_grad):
     if weight_grad is None:
         *gradients, dweight = _slim_conv2d_norm_backward(*arguments)
     else:
-        gradients, dweight = _slim_conv2d_norm_backward_(*arguments.with_buffer(weight_grad)), None
+        arguments = BufferArguments(dweight=weight_grad, **arguments._asdict())
+        gradients, dweight = _slim_conv2d_norm_backward_(*arguments), None
     dx, dgamma, dbeta, dbias, dout_gamma, dout_beta, dz = gradients
-    return _Inputs(
+    return Arguments(
         x=dx if needs.x else None,
         gamma=dgamma if needs.gamma else None,
         beta=dbeta if needs.beta else None,
@@ -341,27 +258,27 @@ def _backward(ctx, saved, needs, dy, *_):
     return _gradients(ctx, saved, needs, dy, None)
 
 
-def slim_conv2d_norm_composition(*inputs):
-    i = _Inputs(*inputs)
-    a, mean, var = i.x, i.x.new_empty(0), i.x.new_empty(0)
-    if i.normalise:
-        a, mean, var = normalised(i.x, i.mean, i.var, i.gamma, i.beta, i.batch_stats, i.relu, i.eps)
-    return *slim_batch_norm_composition(slim_conv2d_composition(a, *i.convolution), *i.out_norm), mean, var
+def slim_conv2d_norm_composition(*arguments):
+    a = Arguments(*arguments)
+    activation, mean, var = normalised(a) if a.normalise else (a.x, a.x.new_empty(0), a.x.new_empty(0))
+    c = slim_conv2d_composition(activation, *Convolution.of(a))
+    return *slim_batch_norm_composition(c, *_out_norm_of(a)), mean, var
 
 
 def slim_conv2d_norm_backward_composition(*arguments):
-    i = _BackwardInputs(*arguments)
-    a = normalised(i.x, *i.norm)[0] if i.normalise else i.x
-    c = slim_conv2d_composition(a, i.weight, i.bias, i.dy.shape[1], *i.geometry)
-    dc, dz, dout_gamma, dout_beta = slim_batch_norm_backward_composition(*i.out_norm_backward(c))
-    dbias = i.out_mean.new_empty(0) if i.bias is None else _full_width(dc.sum((0, 2, 3)), i.bias)
-    dx, dgamma, dbeta, dweight = i.x.new_empty(0), i.mean.new_empty(0), i.mean.new_empty(0), i.weight.new_empty(0)
-    if i.needs_dweight:
-        dweight = slim_conv2d_weight_grad_composition(dc, a, i.weight, *i.geometry)
-    if i.needs_dx:
-        dx = slim_conv2d_input_grad_composition(dc, i.weight, i.x.shape, *i.geometry)
-        if i.normalise:
-            dx, _, dgamma, dbeta = slim_batch_norm_backward_composition(*i.norm_backward(dx, a))
+    a = BackwardArguments(*arguments)
+    activation = normalised(a)[0] if a.normalise else a.x
+    c = slim_conv2d_composition(activation, a.weight, a.bias, a.dy.shape[1], *Options.of(a))
+    dc, dz, dout_gamma, dout_beta = slim_batch_norm_backward_composition(*_out_norm_gradients_of(a, c))
+    dbias = a.out_mean.new_empty(0) if a.bias is None else full_width(dc.sum((0, 2, 3)), a.bias)
+    dx, dgamma, dbeta, dweight = a.x.new_empty(0), a.mean.new_empty(0), a.mean.new_empty(0), a.weight.new_empty(0)
+    if a.needs_dweight:
+        dweight = slim_conv2d_weight_grad_composition(dc, activation, a.weight, *Options.of(a))
+    if a.needs_dx:
+        dx = slim_conv2d_input_grad_composition(dc, a.weight, a.x.shape, *Options.of(a))
+        if a.normalise:
+            norm = norm_gradients_of(a, activation if a.relu else None)
+            dx, _, dgamma, dbeta = slim_batch_norm_backward_composition(dx, a.x, *norm)
     return dx, dgamma, dbeta, dbias, dout_gamma, dout_beta, dz, dweight
 
 
@@ -374,26 +291,31 @@ not_differentiable(_slim_conv2d_norm_backward_)
 # ---- floating-point operations: those of the convolution, which the backward pass computes again
 
 
-def _backward_flops(i: _BackwardInputs) -> int:
-    again = forward_flops(i.x, i.weight, i.bias, i.dy[1], *i.geometry)
-    return again + backward_flops(i.dy, i.x, i.weight, i.groups, i.needs_dx, i.needs_dweight)
+def _forward_flops(*arguments):
+    a = Arguments(*arguments)
+    return forward_flops(a.x, *Convolution.of(a))
 
 
-count_flops(_slim_conv2d_norm, lambda *inputs: forward_flops(inputs[0], *_Inputs(*inputs).convolution))
-count_flops(_slim_conv2d_norm_backward, lambda *arguments: _backward_flops(_BackwardInputs(*arguments)))
-count_flops(_slim_conv2d_norm_backward_, lambda *arguments: _backward_flops(_BackwardInputs.split(arguments)[0]))
+def _backward_flops(a):
+    again = forward_flops(a.x, a.weight, a.bias, a.dy[1], *Options.of(a))
+    return again + backward_flops(a.dy, a.x, a.weight, Options.of(a), a.needs_dx, a.needs_dweight)
+
+
+count_flops(_slim_conv2d_norm, _forward_flops)
+count_flops(_slim_conv2d_norm_backward, lambda *arguments: _backward_flops(BackwardArguments(*arguments)))
+count_flops(_slim_conv2d_norm_backward_, lambda *arguments: _backward_flops(BufferArguments(*arguments)))
 
 
 @autocast_rule(_slim_conv2d_norm)
-def _autocast(dtype, *inputs):
-    i = _Inputs(*inputs)
-    mean, var, gamma, beta = cast_norm(dtype, i.mean, i.var, i.gamma, i.beta)
-    out_mean, out_var, out_gamma, out_beta = cast_norm(dtype, i.out_mean, i.out_var, i.out_gamma, i.out_beta)
-    return i._replace(
-        x=i.x.to(dtype),
+def _autocast(dtype, *arguments):
+    a = Arguments(*arguments)
+    mean, var, gamma, beta = cast_norm(dtype, a.mean, a.var, a.gamma, a.beta)
+    out_mean, out_var, out_gamma, out_beta = cast_norm(dtype, a.out_mean, a.out_var, a.out_gamma, a.out_beta)
+    return a._replace(
+        x=a.x.to(dtype),
         **{"mean": mean, "var": var, "gamma": gamma, "beta": beta},
-        weight=autocast_parameter(dtype, i.weight),
-        bias=autocast_parameter(dtype, i.bias),
+        weight=autocast_parameter(dtype, a.weight),
+        bias=autocast_parameter(dtype, a.bias),
         **{"out_mean": out_mean, "out_var": out_var, "out_gamma": out_gamma, "out_beta": out_beta},
     )
 
@@ -444,9 +366,9 @@ def slim_conv2d_norm(
     Raises:
         ValueError, TypeError: as `check_slim_conv2d_norm`, when shapes or dtypes do not fit.
     """
-    out_channels, geometry = _out_channels_and_geometry(weight, out_channels, stride, padding, dilation, groups)
+    convolution = convolution_arguments(weight, bias, out_channels, stride, padding, dilation, groups)
     arguments = (
-        *(x, normalise, mean, var, gamma, beta, batch_stats, relu, eps, weight, bias, out_channels, *geometry),
+        *(x, normalise, mean, var, gamma, beta, batch_stats, relu, eps, *convolution),
         *(out_mean, out_var, out_gamma, out_beta, residual, out_relu, out_eps),
     )
     if in_autocast(x):

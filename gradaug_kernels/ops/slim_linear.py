@@ -186,7 +186,7 @@ def _setup_context(ctx, inputs, output):
 def _gradients(ctx, saved, needs, dy, weight_grad):
     """The gradients of all inputs of the operator; that of weight is added to weight_grad, if that is a buffer."""
     x, weight = saved
-    needs_x, needs_weight, needs_bias = needs[:3]
+    needs_x, needs_weight, needs_bias, _ = needs
     dx = dweight = dbias = None
     if needs_x:
         dx = _slim_linear_input_grad(dy, weight, x.shape[-1])

@@ -16,26 +16,33 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from .._library import composed, define, differentiable
-from ._common import check_floating, check_same_device
+from ._common import arguments_of, check_floating, check_same_device
+from ._norm import NORM, norm_gradients_fake, norm_gradients_of, norm_of, normalised, statistics_fake
 from .slim_batch_norm import (
-    _slim_batch_norm,
-    _slim_batch_norm_backward,
     check_slim_batch_norm,
     check_slim_batch_norm_backward,
     slim_batch_norm_backward_composition,
+    slim_batch_norm_backward_op,
+    slim_batch_norm_op,
 )
-from .slim_norm_conv2d import NORM, _statistics_fake, norm_grad_fakes, normalised
 
 WINDOW = "SymInt[2] kernel, SymInt[2] stride, SymInt[2] padding"
+SCHEMA = f"slim_norm_max_pool2d(Tensor x, {NORM}, {WINDOW}) -> (Tensor y, Tensor offset, Tensor mean, Tensor var)"
+BACKWARD_SCHEMA = (
+    "slim_norm_max_pool2d_backward(Tensor dy, Tensor? y, Tensor offset, Tensor x, Tensor mean, Tensor var, "
+    f"Tensor? gamma, Tensor? beta, bool batch_stats, float eps, {WINDOW}) -> (Tensor dx, Tensor dgamma, Tensor dbeta)"
+)
+Arguments = arguments_of(SCHEMA)
+BackwardArguments = arguments_of(BACKWARD_SCHEMA)
 
 
-def check_slim_norm_max_pool2d(x, mean, var, gamma, beta, relu, eps, kernel, stride, padding) -> None:
-    """The contract of the arguments, for the operator and for its fake alike.
+def check_slim_norm_max_pool2d(x, norm, kernel, stride, padding) -> None:
+    """The contract of the arguments, for the operator and for its fake alike. norm: what slim_batch_norm takes after x.
 
     Raises:
         ValueError: for shapes that do not fit. TypeError: for dtypes that are not floating or that differ.
     """
-    check_slim_batch_norm(x, gamma, beta, mean, var, None, relu, eps, names=("gamma", "beta"))
+    check_slim_batch_norm(x, *norm, names=("gamma", "beta"))
     _check_window(x.shape, kernel, stride, padding)
 
 
@@ -140,50 +147,49 @@ _slim_max_pool2d_backward = define(
 )
 
 
-# ---- norm and pooling: schema, reference, fake
+# ---- norm and pooling: reference, fake
 
 
-def slim_norm_max_pool2d_reference(x, mean, var, gamma, beta, batch_stats, relu, eps, *window):
-    activation, mean, var = _slim_batch_norm(x, gamma, beta, mean, var, None, relu, eps)
-    return *_slim_max_pool2d(activation, *window), mean, var
+def slim_norm_max_pool2d_reference(*arguments):
+    a = Arguments(*arguments)
+    activation, mean, var = slim_batch_norm_op(a.x, *norm_of(a))
+    return *_slim_max_pool2d(activation, *_window_of(a)), mean, var
 
 
-def _fake(x, mean, var, gamma, beta, batch_stats, relu, eps, *window):
-    check_slim_norm_max_pool2d(x, mean, var, gamma, beta, relu, eps, *window)
-    check_same_device(x, mean=mean, var=var, gamma=gamma, beta=beta)
-    return *_max_pool2d_fake(x, *window), *_statistics_fake(x)
+def _window_of(arguments) -> tuple:
+    return arguments.kernel, arguments.stride, arguments.padding
 
 
-_slim_norm_max_pool2d = define(
-    f"slim_norm_max_pool2d(Tensor x, {NORM}, {WINDOW}) -> (Tensor y, Tensor offset, Tensor mean, Tensor var)",
-    slim_norm_max_pool2d_reference,
-    _fake,
-    composite=True,
-)
+def _fake(*arguments):
+    a = Arguments(*arguments)
+    check_slim_norm_max_pool2d(a.x, norm_of(a), *_window_of(a))
+    check_same_device(a.x, mean=a.mean, var=a.var, gamma=a.gamma, beta=a.beta)
+    return *_max_pool2d_fake(a.x, *_window_of(a)), *statistics_fake(a.x)
+
+
+_slim_norm_max_pool2d = define(SCHEMA, slim_norm_max_pool2d_reference, _fake, composite=True)
 
 
 # ---- backward: y is given where there was a ReLU
 
 
-def slim_norm_max_pool2d_backward_reference(dy, y, offset, x, mean, var, gamma, beta, batch_stats, eps, *window):
-    da = _slim_max_pool2d_backward(dy, y, offset, x.shape, *window)
-    dx, _, dgamma, dbeta = _slim_batch_norm_backward(da, x, None, gamma, beta, mean, var, batch_stats, False, eps)
+def slim_norm_max_pool2d_backward_reference(*arguments):
+    a = BackwardArguments(*arguments)
+    da = _slim_max_pool2d_backward(a.dy, a.y, a.offset, a.x.shape, *_window_of(a))
+    dx, _, dgamma, dbeta = slim_batch_norm_backward_op(da, a.x, *norm_gradients_of(a, None))
     return dx, dgamma, dbeta
 
 
-def _backward_fake(dy, y, offset, x, mean, var, gamma, beta, batch_stats, eps, *window):
-    check_slim_max_pool2d_backward(dy, y, offset, x.shape, *window)
-    check_slim_batch_norm_backward(x, x, None, gamma, beta, mean, var, batch_stats, False, eps)
-    check_same_device(x, dy=dy)
-    return norm_grad_fakes(x, mean, gamma, beta, True)
+def _backward_fake(*arguments):
+    a = BackwardArguments(*arguments)
+    check_slim_max_pool2d_backward(a.dy, a.y, a.offset, a.x.shape, *_window_of(a))
+    check_slim_batch_norm_backward(a.x, a.x, *norm_gradients_of(a, None))
+    check_same_device(a.x, dy=a.dy)
+    return norm_gradients_fake(a.x, a.mean, a.gamma, a.beta, True)
 
 
 _slim_norm_max_pool2d_backward = define(
-    "slim_norm_max_pool2d_backward(Tensor dy, Tensor? y, Tensor offset, Tensor x, Tensor mean, Tensor var, "
-    f"Tensor? gamma, Tensor? beta, bool batch_stats, float eps, {WINDOW}) -> (Tensor dx, Tensor dgamma, Tensor dbeta)",
-    slim_norm_max_pool2d_backward_reference,
-    _backward_fake,
-    composite=True,
+    BACKWARD_SCHEMA, slim_norm_max_pool2d_backward_reference, _backward_fake, composite=True
 )
 
 
@@ -191,38 +197,35 @@ _slim_norm_max_pool2d_backward = define(
 
 
 def _setup_context(ctx, inputs, output):
-    x, given_mean, _, gamma, beta, batch_stats, relu, ctx.eps, *ctx.window = inputs
+    given = Arguments(*inputs)
     y, offset, mean, var = output
     ctx.mark_non_differentiable(offset, mean, var)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(y if relu else None, offset, x, mean, var, gamma, beta)
-    ctx.batch_stats = batch_stats or given_mean is None
+    ctx.save_for_backward(y if given.relu else None, offset, given.x, mean, var, given.gamma, given.beta)
+    ctx.batch_stats, ctx.eps = given.batch_stats or given.mean is None, given.eps
+    ctx.window = _window_of(given)
 
 
 def _backward(ctx, saved, needs, dy, *_):
     if dy is None:
-        return (None,) * 11
-    needs_x, _, _, needs_gamma, needs_beta, *_ = needs
+        return Arguments()
+    needs = Arguments(*needs)
     dx, dgamma, dbeta = _slim_norm_max_pool2d_backward(dy, *saved, ctx.batch_stats, ctx.eps, *ctx.window)
-    return (
-        dx if needs_x else None,
-        *(None, None),
-        dgamma if needs_gamma else None,
-        dbeta if needs_beta else None,
-        *(None,) * 6,
+    return Arguments(
+        x=dx if needs.x else None, gamma=dgamma if needs.gamma else None, beta=dbeta if needs.beta else None
     )
 
 
-def slim_norm_max_pool2d_composition(x, mean, var, gamma, beta, batch_stats, relu, eps, *window):
-    activation, mean, var = normalised(x, mean, var, gamma, beta, batch_stats, relu, eps)
-    return *slim_max_pool2d_composition(activation, *window), mean, var
+def slim_norm_max_pool2d_composition(*arguments):
+    a = Arguments(*arguments)
+    activation, mean, var = normalised(a)
+    return *slim_max_pool2d_composition(activation, *_window_of(a)), mean, var
 
 
-def slim_norm_max_pool2d_backward_composition(dy, y, offset, x, mean, var, gamma, beta, batch_stats, eps, *window):
-    da = slim_max_pool2d_backward_composition(dy, y, offset, x.shape, *window)
-    dx, _, *parameters = slim_batch_norm_backward_composition(
-        da, x, None, gamma, beta, mean, var, batch_stats, False, eps
-    )
+def slim_norm_max_pool2d_backward_composition(*arguments):
+    a = BackwardArguments(*arguments)
+    da = slim_max_pool2d_backward_composition(a.dy, a.y, a.offset, a.x.shape, *_window_of(a))
+    dx, _, *parameters = slim_batch_norm_backward_composition(da, a.x, *norm_gradients_of(a, None))
     return dx, *parameters
 
 
@@ -269,6 +272,6 @@ def slim_norm_max_pool2d(
     """
     stride = kernel if stride is None else stride
     window = [[v, v] if isinstance(v, int) else list(v) for v in (kernel, stride, padding)]
-    check_slim_norm_max_pool2d(x, mean, var, gamma, beta, relu, eps, *window)
+    check_slim_norm_max_pool2d(x, (gamma, beta, mean, var, None, relu, eps), *window)
     y, _, mean, var = _apply(x, mean, var, gamma, beta, batch_stats, relu, eps, *window)
     return y, mean, var

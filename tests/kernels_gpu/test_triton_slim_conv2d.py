@@ -28,7 +28,7 @@ def run_case(name: str, dtype: torch.dtype, buffer_dtype: torch.dtype | None) ->
     The weight gradient is added to zeros, or to other values in a buffer of `buffer_dtype`.
     """
     from gradaug_kernels._gpu.paths import DIRECTIONS, paths_built
-    from gradaug_kernels.ops.slim_conv2d import _memory_format
+    from gradaug_kernels.ops._conv import memory_format
 
     case = CASES[name]
     x, weight, bias = case.tensors(dtype)
@@ -50,7 +50,7 @@ def run_case(name: str, dtype: torch.dtype, buffer_dtype: torch.dtype | None) ->
     exact, torchs = reference(torch.float64), reference(dtype)
     y = forward(x, weight, bias, case.out_channels, *case.geometry)
     check("y", y, torchs, exact, gradient=False)
-    assert y.is_contiguous(memory_format=_memory_format(x, weight))
+    assert y.is_contiguous(memory_format=memory_format(x, weight))
 
     dy = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
     dy = dy.contiguous(memory_format=torch.channels_last)

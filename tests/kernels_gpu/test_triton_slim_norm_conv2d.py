@@ -28,7 +28,7 @@ TILES = ConvCase("several tiles", 3, (17, 19), (5, 70), (1, 1), padding=(0, 0))
 def run_case(name: str, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
     """Check one case in this process; output -> largest error of the kernels and of PyTorch in the same dtype."""
     from gradaug_kernels._gpu.triton import slim_norm_conv2d as kernels
-    from gradaug_kernels.ops.slim_conv2d import _memory_format
+    from gradaug_kernels.ops._conv import memory_format
 
     if name == LARGE_MEAN:
         return check_large_mean(kernels, dtype)
@@ -39,7 +39,7 @@ def run_case(name: str, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
     y, mean, var, y_mean, y_var = kernels.slim_norm_conv2d_triton(
         x, *norm, weight, bias, case.out_channels, *case.geometry, True
     )
-    assert y.is_contiguous(memory_format=_memory_format(x, weight))
+    assert y.is_contiguous(memory_format=memory_format(x, weight))
     if y.numel() == 0:
         assert not y_mean.any()
         assert not y_var.any()

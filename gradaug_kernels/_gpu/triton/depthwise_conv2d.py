@@ -14,11 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ...ops.slim_conv2d import _memory_format, _output_size
+from ...ops._conv import memory_format, output_size
 from ..layout import empty_nhwc, nhwc
 from .geometry import congruent_pixels
 from .launch import MULTIPROCESSORS, launch, strides, vector_width
-from .slim_conv2d import _axes, add_partials
+from .slim_conv2d import add_partials, axes
 
 # ---- forward
 
@@ -259,7 +259,7 @@ def _filters(weight) -> dict[str, int]:
 def depthwise_conv2d_triton(x, weight, bias, out_channels, stride, padding, dilation, groups):
     n, c, h, w = x.shape
     kh, kw = weight.shape[2:]
-    oh, ow = (_output_size(x.shape[2 + a], weight.shape[2 + a], stride[a], padding[a], dilation[a]) for a in (0, 1))
+    oh, ow = (output_size(x.shape[2 + a], weight.shape[2 + a], stride[a], padding[a], dilation[a]) for a in (0, 1))
     y = empty_nhwc(x, n, c, oh, ow)
     if y.numel() > 0:
         a = nhwc(x)
@@ -279,11 +279,11 @@ def depthwise_conv2d_triton(x, weight, bias, out_channels, stride, padding, dila
                 **{"C": c // vec, "H": h, "W": w, "OH": oh, "OW": ow, "KH": kh, "KW": kw},
                 **strides(a, vec, "xn", "xh", "xw"),
                 **_filters(weight),
-                **_axes(stride, padding, dilation),
+                **axes(stride, padding, dilation),
                 **{"VEC": vec, "HAS_BIAS": bias is not None},
                 **blocks,
             )
-    return y.contiguous(memory_format=_memory_format(x, weight))
+    return y.contiguous(memory_format=memory_format(x, weight))
 
 
 def depthwise_conv2d_input_grad_triton(dy, weight, input_size, stride, padding, dilation, groups):
@@ -304,12 +304,12 @@ def depthwise_conv2d_input_grad_triton(dy, weight, input_size, stride, padding, 
                 **{"C": c // vec, "H": h, "W": w, "OH": oh, "OW": ow, "KH": kh, "KW": kw},
                 **strides(a, vec, "yn", "yh", "yw"),
                 **_filters(weight),
-                **_axes(stride, padding, dilation),
+                **axes(stride, padding, dilation),
                 **{"tap_step_h": tap_step_h, "tap_step_w": tap_step_w},
                 **{"VEC": vec, "TAPS_W": triton.cdiv(kw, tap_step_w)},
                 **blocks,
             )
-    return dx.contiguous(memory_format=_memory_format(dy, weight))
+    return dx.contiguous(memory_format=memory_format(dy, weight))
 
 
 def depthwise_conv2d_weight_grad__triton(dy, x, dweight, stride, padding, dilation, groups):
@@ -334,7 +334,7 @@ def depthwise_conv2d_weight_grad__triton(dy, x, dweight, stride, padding, dilati
             **{"C": c // vec, "H": h, "W": w, "OH": oh, "OW": ow, "KH": kh, "KW": kw},
             **strides(a, vec, "yn", "yh", "yw"),
             **strides(b, vec, "xn", "xh", "xw"),
-            **_axes(stride, padding, dilation),
+            **axes(stride, padding, dilation),
             **{"VEC": vec},
             **blocks,
         )

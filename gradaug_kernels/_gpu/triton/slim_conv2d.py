@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops.slim_conv2d import _memory_format, _output_size
+from ...ops._conv import memory_format, output_size
 from ..layout import empty_nhwc, nhwc, slice_ohwi
 from .geometry import congruent_pixels
 from .launch import MULTIPROCESSORS, largest_tile, launch, strides, vector_width
@@ -468,7 +468,7 @@ def pixel_splits(tiles: int, pixels: int, block: int) -> tuple[int, int]:
 # ---- launchers
 
 
-def _axes(stride, padding, dilation) -> dict[str, int]:
+def axes(stride, padding, dilation) -> dict[str, int]:
     pairs = {"stride": stride, "padding": padding, "dilation": dilation}
     return {f"{name}_{axis}": pair[i] for name, pair in pairs.items() for i, axis in enumerate("hw")}
 
@@ -491,7 +491,7 @@ def forward(x, weight, bias, out_channels, stride, padding, dilation, groups, no
     """
     n, channels, h, w = x.shape
     kh, kw = weight.shape[2:]
-    oh, ow = (_output_size(x.shape[2 + a], weight.shape[2 + a], stride[a], padding[a], dilation[a]) for a in (0, 1))
+    oh, ow = (output_size(x.shape[2 + a], weight.shape[2 + a], stride[a], padding[a], dilation[a]) for a in (0, 1))
     y = empty_nhwc(x, n, out_channels, oh, ow)
     c, o = channels // groups, out_channels // groups
     moments, tile = None, 0
@@ -515,10 +515,10 @@ def forward(x, weight, bias, out_channels, stride, padding, dilation, groups, no
                 **strides(b, vec, "wo", "wh", "ww"),
                 **{"y_pitch": out_channels // vec, "VEC": vec, "HAS_BIAS": bias is not None, "PRECISION": precision},
                 **{"NORM": norm is not None, "RELU": norm is not None and norm.relu, "STATISTICS": statistics},
-                **_axes(stride, padding, dilation),
+                **axes(stride, padding, dilation),
                 **blocks,
             )
-    return y.contiguous(memory_format=_memory_format(x, weight)), moments, tile
+    return y.contiguous(memory_format=memory_format(x, weight)), moments, tile
 
 
 def slim_conv2d_input_grad_triton(dy, weight, input_size, stride, padding, dilation, groups):
@@ -550,12 +550,12 @@ def input_grad(dy, weight, input_size, stride, padding, dilation, groups, x=None
                 **strides(b, vec, "wo", "wh", "ww"),
                 **strides(masked, vec, "xn", "xh", "xw"),
                 **{"x_pitch": channels // vec, "VEC": vec, "MASK": x is not None, "PRECISION": precision},
-                **_axes(stride, padding, dilation),
+                **axes(stride, padding, dilation),
                 tap_step_h=stride[0] // math.gcd(stride[0], dilation[0]),
                 tap_step_w=stride[1] // math.gcd(stride[1], dilation[1]),
                 **blocks,
             )
-    return dx.contiguous(memory_format=_memory_format(dy, weight))
+    return dx.contiguous(memory_format=memory_format(dy, weight))
 
 
 def slim_conv2d_weight_grad__triton(dy, x, dweight, stride, padding, dilation, groups):
@@ -592,7 +592,7 @@ def weight_grad(dy, x, dweight, stride, padding, dilation, groups, norm=None) ->
             **strides(b, vec, "xn", "xh", "xw"),
             **dict(zip(("ds", "do", "dc", "dh", "dw"), target.stride(), strict=True)),
             **{"VEC": vec, "ADD": splits == 1, "PRECISION": precision},
-            **_axes(stride, padding, dilation),
+            **axes(stride, padding, dilation),
             **blocks,
         )
         if splits > 1:
