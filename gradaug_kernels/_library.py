@@ -54,7 +54,22 @@ def define(schema: str, reference: Callable, fake: Callable, composite: bool = F
         _BACKENDS[name] = {device: "cpp" if native[device] else "reference" for device in _KEYS}
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"gradaug::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.gradaug, name).default
+    op = getattr(torch.ops.gradaug, name).default
+    if op._schema.is_mutable:
+        _refuse_negatives(op)
+    return op
+
+
+def _refuse_negatives(op: torch._ops.OpOverload) -> None:
+    """PyTorch's own fallback for lazily negated tensors aborts the process where one is written to."""
+
+    def kernel(*args):
+        for argument, value in zip(op._schema.arguments, args, strict=True):
+            if argument.alias_info is not None and value is not None and value.is_neg():
+                raise ValueError(f"{argument.name} must be memory of its own, got the imaginary part of a conjugate")
+        return op(*(value.resolve_neg() if isinstance(value, torch.Tensor) else value for value in args))
+
+    _LIBRARY.impl(_name(op), kernel, "Negative")
 
 
 def differentiable(
@@ -105,7 +120,10 @@ def differentiable(
             or (has_torch_function(args) and _is_overridden())
         ):
             return op(*args)
-        return eager(*args)
+        try:
+            return eager(*args)
+        except TypeError as error:
+            raise _one_sentence(error, op, args) from None
 
     call.in_python, call.in_cpp = Formula.apply, in_cpp  # for tests, which compare the two
     return call
@@ -213,10 +231,29 @@ def differentiable_into_buffer(
                 )
             inputs[weight] = weight_grad.to(inputs[weight].dtype)
             return op(*inputs)
-        return eager(*args)
+        try:
+            return eager(*args)
+        except TypeError as error:
+            raise _one_sentence(error, op, args) from None
 
     call.in_python, call.in_cpp = IntoBuffer.apply, in_cpp
     return call
+
+
+def _one_sentence(error: TypeError, op: torch._ops.OpOverload, args: tuple) -> TypeError:
+    """What C++ says of arguments of another type prints every tensor."""
+    if "incompatible function arguments" not in str(error):
+        return error
+    types = (f"{argument.type} {argument.name}" for argument in op._schema.arguments)
+    return TypeError(
+        f"{_name(op)} must be given {', '.join(types)}, got {', '.join(_type_name(value) for value in args)}"
+    )
+
+
+def _type_name(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_type_name, value))}]"
+    return type(value).__name__
 
 
 def composed(op: torch._ops.OpOverload, composition: Callable) -> None:
@@ -304,7 +341,8 @@ def autocast_rule(op: torch._ops.OpOverload) -> Callable:
             excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{key}"))
 
             def kernel(*args, _device=device, _excluded=excluded):
-                args = rule(torch.get_autocast_dtype(_device), *args)
+                dtype = torch.float64 if args[0].dtype == torch.float64 else torch.get_autocast_dtype(_device)
+                args = rule(dtype, *args)
                 with torch._C._ExcludeDispatchKeyGuard(_excluded):
                     return op(*args)
 

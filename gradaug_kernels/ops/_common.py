@@ -22,13 +22,18 @@ def autocast_parameter(dtype: torch.dtype, parameter: Tensor | None) -> Tensor |
     """A weight or bias inside autocast; on the CPU float32 ones stay, as kernels round what they read."""
     if parameter is None or (parameter.device.type == "cpu" and parameter.dtype == torch.float32):
         return parameter
-    return parameter.to(dtype)
+    return parameter if parameter.dtype == torch.float64 else parameter.to(dtype)
 
 
 def in_autocast(x: Tensor) -> bool:
     """Whether torch.autocast is on for the device of x; never for one that has no autocast, such as meta."""
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """What autocast casts x to: never float64, as in PyTorch."""
+    return x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
@@ -106,6 +111,14 @@ def check_gradient_buffer(weight_grad: Tensor, weight: Tensor) -> None:
             f"weight_grad must be a buffer of shape {tuple(weight.shape)} or a parameter of it, "
             f"got shape {tuple(weight_grad.shape)}, is_leaf={weight_grad.is_leaf}"
         )
+    if weight_grad.requires_grad:
+        return
+    if weight_grad.is_neg():
+        raise ValueError("weight_grad must be memory of its own, got the imaginary part of a conjugate")
+    if torch._C._is_alias_of(weight_grad, weight):
+        check_written("weight_grad", weight_grad, weight=weight)
+    if torch.is_grad_enabled() and not weight.requires_grad:
+        raise ValueError("weight must require a gradient where weight_grad is a buffer for it, got one that does not")
 
 
 def bias_grad(dy: Tensor, channel_dim: int, size: int) -> Tensor:

@@ -50,6 +50,8 @@ def norm_gradients_fake(x, mean, gamma, beta, needs_dx) -> tuple[Tensor, ...]:
 
 def cast_norm(dtype: torch.dtype, mean, var, gamma, beta) -> list[Tensor | None]:
     """Statistics and parameters for an x that autocast casts to dtype: float32, or as they are where dtype allows."""
+    if dtype == torch.float64:
+        return [mean, var, gamma, beta]
     allowed = ((torch.float32,), (torch.float32,), (torch.float32, dtype), (torch.float32, dtype))
     return [
         tensor if tensor is None or tensor.dtype in dtypes else tensor.float()

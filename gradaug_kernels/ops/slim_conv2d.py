@@ -31,6 +31,7 @@ from .._library import (
     not_differentiable,
 )
 from ._common import (
+    autocast_dtype,
     autocast_parameter,
     bias_grad,
     check_floating,
@@ -353,7 +354,7 @@ def slim_conv2d(
     if weight_grad is not None:
         check_gradient_buffer(weight_grad, weight)
     if in_autocast(x):
-        x, *convolution = cast_slim_conv2d(torch.get_autocast_dtype(x.device.type), x, *convolution)
+        x, *convolution = cast_slim_conv2d(autocast_dtype(x), x, *convolution)
     if weight_grad is not None:
         return _apply_into_buffer(x, *convolution, weight_grad)
     return _apply(x, *convolution)

@@ -27,6 +27,7 @@ from .._library import (
 )
 from ._common import (
     arguments_of,
+    autocast_dtype,
     autocast_parameter,
     check_gradient_buffer,
     check_same_device,
@@ -372,7 +373,7 @@ def slim_conv2d_norm(
         *(out_mean, out_var, out_gamma, out_beta, residual, out_relu, out_eps),
     )
     if in_autocast(x):
-        arguments = _autocast(torch.get_autocast_dtype(x.device.type), *arguments)
+        arguments = _autocast(autocast_dtype(x), *arguments)
     check_slim_conv2d_norm(*arguments)
     if weight_grad is None:
         return _apply(*arguments)

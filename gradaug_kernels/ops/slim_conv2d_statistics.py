@@ -9,11 +9,10 @@ A kernel can sum them while it has y in registers. `slim_channel_statistics` is 
     mean, var            [out_channels]   float32; float64 where x is; not differentiable
 """
 
-import torch
 from torch import Tensor
 
 from .._library import autocast_rule, composed, count_flops, define, differentiable, differentiable_into_buffer
-from ._common import check_gradient_buffer, in_autocast
+from ._common import autocast_dtype, check_gradient_buffer, in_autocast
 from ._conv import CONVOLUTION, convolution_arguments
 from ._norm import statistics_fake
 from .slim_batch_norm import slim_batch_norm_composition, slim_batch_norm_op
@@ -124,7 +123,7 @@ def slim_conv2d_statistics(
     if weight_grad is not None:
         check_gradient_buffer(weight_grad, weight)
     if in_autocast(x):
-        x, *convolution = cast_slim_conv2d(torch.get_autocast_dtype(x.device.type), x, *convolution)
+        x, *convolution = cast_slim_conv2d(autocast_dtype(x), x, *convolution)
     if weight_grad is None:
         return _apply(x, *convolution)
     return _apply_into_buffer(x, *convolution, weight_grad)

@@ -28,6 +28,7 @@ from .._library import (
     not_differentiable,
 )
 from ._common import (
+    autocast_dtype,
     autocast_parameter,
     bias_grad,
     check_floating,
@@ -257,7 +258,7 @@ def slim_linear(
     if weight_grad is not None:
         check_gradient_buffer(weight_grad, weight)
     if in_autocast(x):
-        x, weight, bias, _ = _autocast(torch.get_autocast_dtype(x.device.type), x, weight, bias, out_features)
+        x, weight, bias, _ = _autocast(autocast_dtype(x), x, weight, bias, out_features)
     if weight_grad is not None:
         return _apply_into_buffer(x, weight, bias, out_features, weight_grad)
     return _apply(x, weight, bias, out_features)

@@ -35,6 +35,7 @@ from .._library import (
 )
 from ._common import (
     arguments_of,
+    autocast_dtype,
     autocast_parameter,
     bias_grad,
     check_gradient_buffer,
@@ -334,6 +335,6 @@ def slim_norm_conv2d(
     if weight_grad is not None:
         check_gradient_buffer(weight_grad, weight)
     if in_autocast(x):
-        arguments = _autocast(torch.get_autocast_dtype(x.device.type), *arguments)
+        arguments = _autocast(autocast_dtype(x), *arguments)
     output = _apply(*arguments) if weight_grad is None else _apply_into_buffer(*arguments, weight_grad)
     return NormConv(*output[:3], *(output[3:] if statistics else (None, None)))
