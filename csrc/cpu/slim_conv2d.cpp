@@ -1,19 +1,18 @@
 // Convolution with the first channels of a full-width weight: forward, input gradient, weight gradient.
 // Formulas, shapes and the memory format of each result: gradaug_kernels/ops/slim_conv2d.py.
 //
-// NHWC images run on the kernels of microkernels/table.h, in small groups on those of microkernels/depthwise_table.h.
-// Everything else is PyTorch's own convolution of the slice: float64, NCHW results, groups of other sizes, and the
-// processors and dtypes for which select_kernels and select_depthwise_kernels have nothing better.
+// The operators check their arguments, describe the convolution and leave it to conv/paths.h, which has the list of who
+// computes it; the last of each list is PyTorch's own convolution of the slice, here.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include <array>
-#include <bit>
 #include <optional>
+#include <string>
+#include <vector>
 
 #include "checks.h"
-#include "cpu/conv/depthwise.h"
-#include "cpu/conv/problem.h"
+#include "cpu/conv/paths.h"
 #include "cpu/tensors.h"
 
 namespace {
@@ -36,7 +35,13 @@ bool channels_adjacent(const Tensor& t) { return t.size(1) == 1 || t.stride(1) =
 // t, or a copy of it whose channels are adjacent.
 Tensor nhwc(const Tensor& t) { return channels_adjacent(t) ? t : t.contiguous(at::MemoryFormat::ChannelsLast); }
 
-Image image(const Tensor& t) { return {t.const_data_ptr(), *dtype_of(t), t.stride(0), t.stride(2), t.stride(3)}; }
+Images images(const Tensor& t) {
+  return {static_cast<const char*>(t.const_data_ptr()), *dtype_of(t), t.stride(0), t.stride(2), t.stride(3)};
+}
+
+MutableImages mutable_images(const Tensor& t) {
+  return {static_cast<char*>(t.data_ptr()), *dtype_of(t), t.stride(0), t.stride(2), t.stride(3)};
+}
 
 struct Geometry {
   IntArrayRef stride, padding, dilation;
@@ -48,34 +53,64 @@ struct Geometry {
   }
 };
 
-// The kernels for images of the dtype of x, if the result is NHWC.
-const Kernels* kernels_for(const Tensor& x, bool nhwc_result, const Geometry& geometry) {
-  const auto dtype = dtype_of(x);
-  if (!dtype || !nhwc_result || geometry.groups != 1) return nullptr;
-  return select_kernels(*dtype);
+// ---- problems, before anything is copied or allocated
+
+// The strides of nhwc(t), without memory.
+Images described(const Tensor& t) {
+  const Dtype dtype = dtype_of(t).value_or(Dtype::f32);
+  if (channels_adjacent(t)) return {nullptr, dtype, t.stride(0), t.stride(2), t.stride(3)};
+  return {nullptr, dtype, t.size(1) * t.size(2) * t.size(3), t.size(1) * t.size(3), t.size(1)};
 }
 
-// The kernels for as many output as input channels in groups of 1, 2, 4, .. max_group, under the same conditions.
-const DepthwiseKernels* depthwise_kernels_for(const Tensor& x, bool nhwc_result, int64_t in_channels,
-                                              int64_t out_channels, const Geometry& geometry) {
-  const auto dtype = dtype_of(x);
-  const int64_t group = in_channels / geometry.groups;
-  if (!dtype || !nhwc_result || geometry.groups == 1 || in_channels != out_channels) return nullptr;
-  if (!std::has_single_bit(static_cast<uint64_t>(group))) return nullptr;
-  const DepthwiseKernels* kernels = select_depthwise_kernels(*dtype);
-  return kernels && group <= kernels->max_group ? kernels : nullptr;
+Weight described_weight(const Tensor& t) {
+  return {nullptr, dtype_of(t).value_or(Dtype::f32), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
-// Strided depthwise convolutions of float32, which PyTorch's own (oneDNN) computes from the images in place, and so
-// faster than the kernels that copy them: forward, and the gradients of small kernels (of 5x5 its take four times as
-// long). Nothing but a small weight is sliced.
-bool is_left_to_torch(const Tensor& x, int64_t channels, const Geometry& geometry, int64_t kernel_width) {
-  return x.scalar_type() == at::kFloat && geometry.groups == channels && geometry.stride[1] > 1 && kernel_width <= 3;
+// x: [N, C, H, W], y: [N, out, OH, OW], weight: [O, I / G, KH, KW], by their sizes.
+void describe(ConvProblem& problem, const Tensor& images, IntArrayRef x, IntArrayRef y, IntArrayRef weight,
+              const Geometry& geometry) {
+  problem.dtype = dtype_of(images);
+  problem.batch = x[0], problem.in = x[1], problem.out = y[1], problem.groups = geometry.groups;
+  problem.h = geometry.axis(0, x, y, weight), problem.w = geometry.axis(1, x, y, weight);
 }
 
-GroupedWeight grouped(const Tensor& weight) {
-  return {weight.const_data_ptr(), *dtype_of(weight), weight.stride(0),
-          weight.stride(1),        weight.stride(2),  weight.stride(3)};
+// Whether channels of a new tensor of this size and memory format are adjacent.
+bool channels_adjacent(IntArrayRef size, at::MemoryFormat format) {
+  return format == at::MemoryFormat::ChannelsLast || size[1] == 1 || size[2] * size[3] == 1;
+}
+
+// y: the size of the result.
+GatherProblem forward_problem(const Tensor& x, const Tensor& weight, IntArrayRef y, const Geometry& geometry) {
+  GatherProblem problem{};
+  describe(problem, x, x.sizes(), y, weight.sizes(), geometry);
+  problem.nhwc = channels_adjacent(y, memory_format(x, weight));
+  problem.input_grad = false;
+  problem.h_phases = forward_gathers(problem.h), problem.w_phases = forward_gathers(problem.w);
+  problem.x = described(x), problem.weight = described_weight(weight);
+  return problem;
+}
+
+GatherProblem input_grad_problem(const Tensor& dy, const Tensor& weight, IntArrayRef x, const Geometry& geometry) {
+  GatherProblem problem{};
+  describe(problem, dy, x, dy.sizes(), weight.sizes(), geometry);
+  problem.nhwc = channels_adjacent(x, memory_format(dy, weight));
+  problem.input_grad = true;
+  problem.h_phases = input_grad_gathers(problem.h), problem.w_phases = input_grad_gathers(problem.w);
+  problem.x = described(dy), problem.weight = described_weight(weight);
+  return problem;
+}
+
+WeightGradProblem weight_grad_problem(const Tensor& dy, const Tensor& x, const Tensor& dweight,
+                                      const Geometry& geometry) {
+  WeightGradProblem problem{};
+  describe(problem, x, x.sizes(), dy.sizes(), dweight.sizes(), geometry);
+  problem.nhwc = channels_adjacent(x) || channels_adjacent(dy);
+  problem.dweight_dtype = dtype_of(dweight);
+  problem.dy = described(dy), problem.x = described(x);
+  const bool in_place = dweight.scalar_type() == at::kFloat;  // otherwise the sum has adjacent input channels
+  problem.dweight = {nullptr, dweight.stride(0), dweight.stride(2), dweight.stride(3),
+                     in_place ? dweight.stride(1) : 1};
+  return problem;
 }
 
 // ---- PyTorch's own convolutions, on views
@@ -124,35 +159,26 @@ Tensor slim_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Te
   NoAutocast guard;
   const Geometry geometry{stride, padding, dilation, groups};
   const auto format = memory_format(x, weight);
-  const auto b = bias ? std::optional<Tensor>(bias->narrow(0, 0, out_channels)) : std::nullopt;
   const auto allocate = [&] { return at::empty(size, x.options().memory_format(format)); };  // [N, out, OH, OW]
   if (c10::multiply_integers(size) == 0) return allocate();
-  const bool adjacent = format == at::MemoryFormat::ChannelsLast || out_channels == 1 || size[2] * size[3] == 1;
-  const auto* small_groups = depthwise_kernels_for(x, adjacent, x.size(1), out_channels, geometry);
-  if (small_groups && !is_left_to_torch(x, x.size(1), geometry, 0)) {
-    const Tensor y = allocate();
-    const Tensor input = nhwc(x), float_bias = b ? b->to(at::kFloat).contiguous() : Tensor();
-    depthwise_forward(*small_groups, x.size(0), geometry.axis(0, x.sizes(), size, weight.sizes()),
-                      geometry.axis(1, x.sizes(), size, weight.sizes()), image(input), grouped(weight),
-                      b ? float_bias.const_data_ptr<float>() : nullptr, image(y), out_channels,
-                      static_cast<int>(out_channels / groups));
-    return y;
-  }
-  const Kernels* kernels = kernels_for(x, adjacent, geometry);
-  if (!kernels) {
-    const Tensor input = for_torch(x, geometry);
+  const auto b = bias ? std::optional<Tensor>(bias->narrow(0, 0, out_channels)) : std::nullopt;
+  Tensor y, input, float_bias;
+  GatherProblem problem = forward_problem(x, weight, size, geometry);
+  const auto operands = [&] {
+    y = allocate(), input = nhwc(x);
+    problem.x = images(input), problem.y = mutable_images(y);
+    problem.weight.data = static_cast<const char*>(weight.const_data_ptr());
+    if (!b) return;
+    float_bias = b->to(at::kFloat).contiguous();
+    problem.bias = float_bias.const_data_ptr<float>();
+  };
+  const auto torch = [&] {
+    input = for_torch(x, geometry);
     const Tensor w = with_usual_strides(like(input, slice(weight, out_channels, x.size(1), groups)));
     const auto bias_of_x = b ? std::optional<Tensor>(like(input, *b)) : std::nullopt;
-    return like(x, at::conv2d(input, w, bias_of_x, stride, padding, dilation, groups)).contiguous(format);
-  }
-  const Tensor y = allocate();
-  const Tensor input = nhwc(x);
-  const Tensor float_bias = b ? b->to(at::kFloat).contiguous() : Tensor();
-  const Weight view{weight.const_data_ptr(), *dtype_of(weight), weight.stride(2),
-                    weight.stride(3),        weight.stride(1),  weight.stride(0)};
-  gather_conv(*kernels, x.size(0), forward_gather(geometry.axis(0, x.sizes(), size, weight.sizes())),
-              forward_gather(geometry.axis(1, x.sizes(), size, weight.sizes())), image(input), x.size(1), view,
-              b ? float_bias.const_data_ptr<float>() : nullptr, image(y), out_channels);
+    y = like(x, at::conv2d(input, w, bias_of_x, stride, padding, dilation, groups)).contiguous(format);
+  };
+  run(problem, operands, torch);
   return y;
 }
 
@@ -162,38 +188,20 @@ Tensor slim_conv2d_input_grad(const Tensor& dy, const Tensor& weight, IntArrayRe
   NoAutocast guard;
   const Geometry geometry{stride, padding, dilation, groups};
   const auto format = memory_format(dy, weight);
-  Tensor dx = at::empty(input_size, dy.options().memory_format(format));  // [N, C, H, W]
+  Tensor dx = at::empty(input_size, dy.options().memory_format(format)), output;  // [N, C, H, W]
   if (dy.numel() == 0) return dx.zero_();
-  const ConvAxis h = geometry.axis(0, input_size, dy.sizes(), weight.sizes());
-  const ConvAxis w = geometry.axis(1, input_size, dy.sizes(), weight.sizes());
-  const auto* small_groups = depthwise_kernels_for(dy, channels_adjacent(dx), input_size[1], dy.size(1), geometry);
-  if (small_groups && !is_left_to_torch(dy, input_size[1], geometry, weight.size(3))) {
-    const Tensor output = nhwc(dy);
-    depthwise_input_grad(*small_groups, dy.size(0), h, w, image(output), grouped(weight), image(dx), input_size[1],
-                         static_cast<int>(input_size[1] / groups));
-    return dx;
-  }
-  const Kernels* kernels = kernels_for(dy, channels_adjacent(dx), geometry);
-  if (!kernels) {
-    const Tensor w_slice = with_usual_strides(like(dy, slice(weight, dy.size(1), input_size[1], groups)));
-    const Tensor output = with_usual_strides(dy);
+  GatherProblem problem = input_grad_problem(dy, weight, input_size, geometry);
+  const auto operands = [&] {
+    output = nhwc(dy);
+    problem.x = images(output), problem.y = mutable_images(dx);
+    problem.weight.data = static_cast<const char*>(weight.const_data_ptr());
+  };
+  const auto torch = [&] {
+    const Tensor w = with_usual_strides(like(dy, slice(weight, dy.size(1), input_size[1], groups)));
     // Of x only the shape and the memory format matter, which dx has.
-    return std::get<0>(torch_gradients(output, dx, w_slice, geometry, {true, false})).contiguous(format);
-  }
-  const Tensor output = nhwc(dy);
-  const Weight view{weight.const_data_ptr(), *dtype_of(weight), weight.stride(2),
-                    weight.stride(3),        weight.stride(0),  weight.stride(1)};
-  std::vector<std::pair<GatherAxis, GatherAxis>> phases;
-  for (const GatherAxis& i : input_grad_gathers(h)) {
-    for (const GatherAxis& j : input_grad_gathers(w)) phases.emplace_back(i, j);
-  }
-  const auto empty = [](const auto& p) { return p.first.tap.empty() || p.second.tap.empty(); };
-  if (std::any_of(phases.begin(), phases.end(), empty)) dx.zero_();
-  for (const auto& phase : phases) {
-    if (empty(phase)) continue;
-    gather_conv(*kernels, dy.size(0), phase.first, phase.second, image(output), dy.size(1), view, nullptr, image(dx),
-                input_size[1]);
-  }
+    dx = std::get<0>(torch_gradients(with_usual_strides(dy), dx, w, geometry, {true, false})).contiguous(format);
+  };
+  run(problem, operands, torch);
   return dx;
 }
 
@@ -204,34 +212,26 @@ void slim_conv2d_weight_grad_(const Tensor& dy, const Tensor& x, Tensor& dweight
   const Geometry geometry{stride, padding, dilation, groups};
   if (dy.numel() == 0) return;
   Tensor target = slice(dweight, dy.size(1), x.size(1), groups);  // [out, in / groups, KH, KW]
-  const bool any_nhwc = channels_adjacent(x) || channels_adjacent(dy);
-  const auto* small_groups = is_left_to_torch(x, x.size(1), geometry, dweight.size(3))
-                                 ? nullptr
-                                 : depthwise_kernels_for(x, any_nhwc, x.size(1), dy.size(1), geometry);
-  const Kernels* kernels = kernels_for(x, any_nhwc, geometry);
-  if (!small_groups && !kernels) {
-    const Tensor input = for_torch(x, geometry);
+  Tensor sum, input, output;
+  WeightGradProblem problem = weight_grad_problem(dy, x, dweight, geometry);
+  const auto operands = [&] {
+    input = nhwc(x), output = nhwc(dy);
+    sum =
+        target.scalar_type() == at::kFloat
+            ? target
+            : at::zeros(target.sizes(), target.options().dtype(at::kFloat)).contiguous(at::MemoryFormat::ChannelsLast);
+    problem.dy = images(output), problem.x = images(input);
+    problem.dweight = {sum.data_ptr<float>(), sum.stride(0), sum.stride(2), sum.stride(3), sum.stride(1)};
+  };
+  const auto torch = [&] {
+    const Tensor of_torch = for_torch(x, geometry);
     // Of w only the shape and the memory format matter.
-    const Tensor w = at::empty(target.sizes(), input.options().memory_format(memory_format(x, dy)));
-    target.add_(std::get<1>(torch_gradients(with_usual_strides(like(input, dy)), input, w, geometry, {false, true})));
-    return;
-  }
-  const Tensor input = nhwc(x), output = nhwc(dy);
-  const bool in_place = target.scalar_type() == at::kFloat;
-  Tensor sum =
-      in_place
-          ? target
-          : at::zeros(target.sizes(), target.options().dtype(at::kFloat)).contiguous(at::MemoryFormat::ChannelsLast);
-  const WeightGrad view{sum.data_ptr<float>(), sum.stride(0), sum.stride(2), sum.stride(3), sum.stride(1)};
-  const ConvAxis h = geometry.axis(0, x.sizes(), dy.sizes(), target.sizes());
-  const ConvAxis w = geometry.axis(1, x.sizes(), dy.sizes(), target.sizes());
-  if (small_groups) {
-    depthwise_weight_grad(*small_groups, x.size(0), h, w, image(output), image(input), x.size(1),
-                          static_cast<int>(x.size(1) / groups), view);
-  } else {
-    conv_weight_grad(*kernels, x.size(0), h, w, image(output), dy.size(1), image(input), x.size(1), view);
-  }
-  if (!in_place) target.add_(sum);
+    const Tensor w = at::empty(target.sizes(), of_torch.options().memory_format(memory_format(x, dy)));
+    const Tensor gradient = with_usual_strides(like(of_torch, dy));
+    target.add_(std::get<1>(torch_gradients(gradient, of_torch, w, geometry, {false, true})));
+  };
+  run(problem, operands, torch);
+  if (sum.defined() && !sum.is_same(target)) target.add_(sum);
 }
 
 Tensor slim_conv2d_weight_grad(const Tensor& dy, const Tensor& x, const Tensor& weight, IntArrayRef stride,
@@ -241,6 +241,31 @@ Tensor slim_conv2d_weight_grad(const Tensor& dy, const Tensor& x, const Tensor& 
   return dweight;
 }
 
+// What the lists of conv/paths.cpp say of one convolution in one direction; tensors without memory will do.
+std::vector<std::string> conv_paths(const std::string& direction, const Tensor& x, const Tensor& weight,
+                                    int64_t out_channels, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                                    int64_t groups) {
+  check_dims("x", x, 4, "[N, C, H, W]");
+  check_floating("x", x);
+  check_dims("weight", weight, 4, "[O, I / groups, KH, KW]");
+  check_floating("weight", weight);
+  const Geometry geometry{stride, padding, dilation, groups};
+  const auto size = check_convolution(x.sizes(), weight.sizes(), out_channels, stride, padding, dilation, groups);
+  if (direction == "forward") {
+    GatherProblem problem = forward_problem(x, weight, size, geometry);
+    return lines(explain(problem));
+  }
+  const Tensor dy = at::empty(size, x.options().memory_format(memory_format(x, weight)));
+  if (direction == "input_grad") {
+    GatherProblem problem = input_grad_problem(dy, weight, x.sizes(), geometry);
+    return lines(explain(problem));
+  }
+  TORCH_CHECK_VALUE(direction == "weight_grad", "direction must be forward, input_grad or weight_grad, got ",
+                    direction);
+  WeightGradProblem problem = weight_grad_problem(dy, x, weight, geometry);
+  return lines(explain(problem));
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gradaug, CPU, m) {
@@ -248,4 +273,13 @@ TORCH_LIBRARY_IMPL(gradaug, CPU, m) {
   m.impl("slim_conv2d_input_grad", slim_conv2d_input_grad);
   m.impl("slim_conv2d_weight_grad_", slim_conv2d_weight_grad_);
   m.impl("slim_conv2d_weight_grad", slim_conv2d_weight_grad);
+}
+
+TORCH_LIBRARY_FRAGMENT(gradaug, m) {
+  m.def(
+      "_conv_paths(str direction, Tensor x, Tensor weight, int out_channels, int[] stride, int[] padding, "
+      "int[] dilation, int groups) -> str[]",
+      conv_paths);
+  m.def("_watch_conv_paths(str forced) -> ()", watch);
+  m.def("_unwatch_conv_paths() -> str[]", unwatch);
 }

@@ -1,16 +1,16 @@
 // Linear layer with the first features of a full-width weight: forward, input gradient, weight gradient.
 // Formulas and shapes: gradaug_kernels/ops/slim_linear.py.
 //
-// A linear layer is a 1x1 convolution of images of one pixel, and runs on the kernels of microkernels/table.h, which
-// read the slice of the weight, and add to that of its gradient, in place. What select_kernels has nothing better for
-// is PyTorch's own matrix product, whose weight operand has the full number of features as its leading dimension.
+// A linear layer is a 1x1 convolution of images of one pixel, and has the same list of who computes it (conv/paths.h).
+// The last is PyTorch's own matrix product, whose weight operand has the full number of features as its leading
+// dimension.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include <optional>
 
 #include "checks.h"
-#include "cpu/conv/problem.h"
+#include "cpu/conv/paths.h"
 #include "cpu/tensors.h"
 
 namespace {
@@ -21,12 +21,6 @@ using at::Tensor;
 
 const ConvAxis kPoint{1, 1, 1, 1, 0, 1};
 
-// The kernels for rows of the dtype of x.
-const Kernels* kernels_for(const Tensor& x) {
-  const auto dtype = dtype_of(x);
-  return dtype ? select_kernels(*dtype) : nullptr;
-}
-
 // [.., F] -> [N, F], features adjacent.
 Tensor rows(const Tensor& t) {
   const Tensor t2 = t.reshape({-1, t.size(-1)});
@@ -34,23 +28,49 @@ Tensor rows(const Tensor& t) {
 }
 
 // t: [N, F]
-Image image(const Tensor& t) {
+Images described(const Tensor& t) {
   const int64_t pitch = t.size(0) == 1 ? t.size(1) : t.stride(0);
-  return {t.const_data_ptr(), *dtype_of(t), pitch, pitch, pitch};
+  return {nullptr, dtype_of(t).value_or(Dtype::f32), pitch, pitch, pitch};
 }
 
-// y = x @ weight.T + bias of rows x [N, F]; weight [out, F] with any strides, bias [out] or none, y [N, out].
-void multiply(const Kernels& kernels, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& y) {
-  const Weight view{weight.const_data_ptr(), *dtype_of(weight), 0, 0, weight.stride(1), weight.stride(0)};
-  const GatherAxis point = forward_gather(kPoint);
-  gather_conv(kernels, x.size(0), point, point, image(x), x.size(1), view,
-              bias.defined() ? bias.const_data_ptr<float>() : nullptr, image(y), y.size(1));
+Images images(const Tensor& t) {
+  Images found = described(t);
+  found.data = static_cast<const char*>(t.const_data_ptr());
+  return found;
 }
 
-// Input gradients of few rows of bfloat16: PyTorch's own product (oneDNN) reads the weight in place, and takes a tenth
-// less than packing it.
-bool is_left_to_torch(const Kernels& kernels, const Tensor& dy, const Tensor& weight) {
-  return kernels.pair == 2 && dy.numel() <= 16 * dy.size(-1) && weight.scalar_type() == dy.scalar_type();
+MutableImages mutable_images(const Tensor& t) {
+  const Images found = described(t);
+  return {static_cast<char*>(t.data_ptr()), found.dtype, found.n, found.h, found.w};
+}
+
+// t: rows of x or dy.
+void describe(ConvProblem& problem, const Tensor& t, int64_t in, int64_t out) {
+  problem.dtype = dtype_of(t);
+  problem.nhwc = problem.linear = true;
+  problem.batch = t.size(0), problem.in = in, problem.out = out, problem.groups = 1;
+  problem.h = problem.w = kPoint;
+}
+
+// y = x @ weight.T + bias, or dx = dy @ weight; rows are x or dy [N, ..], weight [out, F] with any strides.
+GatherProblem gather_problem(const Tensor& rows, const Tensor& weight, bool input_grad) {
+  GatherProblem problem{};
+  describe(problem, rows, weight.size(1), weight.size(0));
+  problem.input_grad = input_grad;
+  problem.h_phases = forward_gathers(kPoint), problem.w_phases = forward_gathers(kPoint);
+  problem.x = described(rows);
+  problem.weight = {nullptr, dtype_of(weight).value_or(Dtype::f32), weight.stride(0), weight.stride(1), 0, 0};
+  return problem;
+}
+
+// dy [N, out], x [N, F], dweight [out, F]
+WeightGradProblem weight_grad_problem(const Tensor& dy, const Tensor& x, const Tensor& dweight) {
+  WeightGradProblem problem{};
+  describe(problem, x, x.size(1), dy.size(1));
+  problem.dweight_dtype = dtype_of(dweight);
+  problem.dy = described(dy), problem.x = described(x);
+  problem.dweight = {nullptr, dweight.stride(0), 0, 0, dweight.stride(1)};
+  return problem;
 }
 
 std::vector<int64_t> with_features(const Tensor& t, int64_t features) {
@@ -62,27 +82,68 @@ std::vector<int64_t> with_features(const Tensor& t, int64_t features) {
 Tensor slim_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features) {
   check_linear_forward(x, weight, bias, out_features);
   NoAutocast guard;
+  if (x.numel() == 0) return at::empty(with_features(x, out_features), x.options());
   const Tensor w = weight.narrow(0, 0, out_features).narrow(1, 0, x.size(-1));  // [out, F]
   const auto b = bias ? std::optional<Tensor>(bias->narrow(0, 0, out_features)) : std::nullopt;
-  const Kernels* kernels = kernels_for(x);
-  if (!kernels || x.numel() == 0) {
+  const Tensor inputs = rows(x);
+  Tensor y, float_bias;
+  GatherProblem problem = gather_problem(inputs, w, false);
+  const auto operands = [&] {
+    y = at::empty(with_features(x, out_features), x.options());
+    problem.x = images(inputs), problem.y = mutable_images(y.view({-1, out_features}));
+    problem.weight.data = static_cast<const char*>(w.const_data_ptr());
+    if (!b) return;
+    float_bias = b->to(at::kFloat).contiguous();
+    problem.bias = float_bias.const_data_ptr<float>();
+  };
+  const auto torch = [&] {
     const auto dtype = x.scalar_type();
-    return at::linear(x, w.to(dtype), b ? std::optional<Tensor>(b->to(dtype)) : std::nullopt);
-  }
-  Tensor y = at::empty(with_features(x, out_features), x.options());
-  multiply(*kernels, rows(x), w, b ? b->to(at::kFloat).contiguous() : Tensor(), y.view({-1, out_features}));
+    y = at::linear(x, w.to(dtype), b ? std::optional<Tensor>(b->to(dtype)) : std::nullopt);
+  };
+  run(problem, operands, torch);
   return y;
 }
 
 Tensor slim_linear_input_grad(const Tensor& dy, const Tensor& weight, int64_t in_features) {
   check_linear_input_grad(dy, weight, in_features);
   NoAutocast guard;
+  if (dy.numel() == 0) return at::empty(with_features(dy, in_features), dy.options());
   const Tensor w = weight.narrow(0, 0, dy.size(-1)).narrow(1, 0, in_features);  // [out, F]
-  const Kernels* kernels = kernels_for(dy);
-  if (!kernels || dy.numel() == 0 || is_left_to_torch(*kernels, dy, w)) return at::matmul(dy, w.to(dy.scalar_type()));
-  Tensor dx = at::empty(with_features(dy, in_features), dy.options());
-  multiply(*kernels, rows(dy), w.t(), Tensor(), dx.view({-1, in_features}));
+  const Tensor outputs = rows(dy);
+  Tensor dx;
+  GatherProblem problem = gather_problem(outputs, w, true);
+  const auto operands = [&] {
+    dx = at::empty(with_features(dy, in_features), dy.options());
+    problem.x = images(outputs), problem.y = mutable_images(dx.view({-1, in_features}));
+    problem.weight.data = static_cast<const char*>(w.const_data_ptr());
+  };
+  run(problem, operands, [&] { dx = at::matmul(dy, w.to(dy.scalar_type())); });
   return dx;
+}
+
+// Adds the gradient of rows dy [N, out] and x [N, F] to `target` [out, F]; is_new: or writes it there, whatever was.
+void add_weight_grad(const Tensor& dy, const Tensor& x, Tensor& target, bool is_new) {
+  Tensor sum;
+  WeightGradProblem problem = weight_grad_problem(dy, x, target);
+  problem.is_new = is_new;
+  const auto operands = [&] {
+    if (is_new) target.zero_();
+    const bool in_place = target.scalar_type() == at::kFloat;
+    sum = in_place ? target : at::zeros(target.sizes(), target.options().dtype(at::kFloat));
+    problem.dy = images(dy), problem.x = images(x);
+    problem.dweight = {sum.data_ptr<float>(), sum.stride(0), 0, 0, sum.stride(1)};
+  };
+  const auto torch = [&] {
+    if (is_new) {
+      at::mm_out(target, dy.t(), x);
+    } else if (target.scalar_type() == x.scalar_type()) {
+      target.addmm_(dy.t(), x);
+    } else {
+      target.add_(at::mm(dy.t(), x));
+    }
+  };
+  run(problem, operands, torch);
+  if (sum.defined() && !sum.is_same(target)) target.add_(sum);
 }
 
 void slim_linear_weight_grad_(const Tensor& dy, const Tensor& x, Tensor& dweight) {
@@ -91,32 +152,41 @@ void slim_linear_weight_grad_(const Tensor& dy, const Tensor& x, Tensor& dweight
   NoAutocast guard;
   const Tensor outputs = rows(dy), inputs = rows(x);                                   // [N, out], [N, F]
   Tensor target = dweight.narrow(0, 0, outputs.size(1)).narrow(1, 0, inputs.size(1));  // [out, F]
-  if (outputs.numel() == 0) return;
-  const bool in_place = target.scalar_type() == at::kFloat;
-  const Kernels* kernels = kernels_for(x);
-  // The kernels sum in floats: a buffer of x's own 16-bit dtype would need another of twice its size.
-  if (target.scalar_type() == x.scalar_type() && (!kernels || !in_place)) {
-    target.addmm_(outputs.t(), inputs);
-    return;
-  }
-  if (!kernels) {
-    target.add_(at::mm(outputs.t(), inputs));
-    return;
-  }
-  Tensor sum = in_place ? target : at::zeros(target.sizes(), target.options().dtype(at::kFloat));
-  const WeightGrad view{sum.data_ptr<float>(), sum.stride(0), 0, 0, sum.stride(1)};
-  conv_weight_grad(*kernels, outputs.size(0), kPoint, kPoint, image(outputs), outputs.size(1), image(inputs),
-                   inputs.size(1), view);
-  if (!in_place) target.add_(sum);
+  if (outputs.numel() > 0) add_weight_grad(outputs, inputs, target, false);
 }
 
 Tensor slim_linear_weight_grad(const Tensor& dy, const Tensor& x, const Tensor& weight) {
   check_linear_weight_grad(dy, x, weight);
   const bool whole = dy.size(-1) == weight.size(0) && x.size(-1) == weight.size(1);
-  if (whole && dy.scalar_type() == weight.scalar_type() && weight.is_contiguous()) return at::mm(rows(dy).t(), rows(x));
+  if (whole && dy.scalar_type() == weight.scalar_type() && weight.is_contiguous() && dy.numel() > 0) {
+    Tensor dweight = at::empty_like(weight);
+    NoAutocast guard;
+    add_weight_grad(rows(dy), rows(x), dweight, true);
+    return dweight;
+  }
   Tensor dweight = at::zeros_like(weight);
   slim_linear_weight_grad_(dy, x, dweight);
   return dweight;
+}
+
+// What the lists of conv/paths.cpp say of one linear layer in one direction; tensors without memory will do.
+std::vector<std::string> linear_paths(const std::string& direction, const Tensor& x, const Tensor& weight,
+                                      int64_t out_features) {
+  check_rows("x", x, "[..., F]");
+  check_dims("weight", weight, 2, "[O, I]");
+  check_floating("weight", weight);
+  check_linear(weight, x.size(-1), out_features);
+  const Tensor inputs = rows(x), w = weight.narrow(0, 0, out_features).narrow(1, 0, inputs.size(1));
+  const Tensor outputs = at::empty({inputs.size(0), out_features}, x.options());
+  if (direction == "weight_grad") {
+    WeightGradProblem problem = weight_grad_problem(outputs, inputs, w);
+    return lines(explain(problem));
+  }
+  TORCH_CHECK_VALUE(direction == "forward" || direction == "input_grad",
+                    "direction must be forward, input_grad or weight_grad, got ", direction);
+  const bool forward = direction == "forward";
+  GatherProblem problem = gather_problem(forward ? inputs : outputs, w, !forward);
+  return lines(explain(problem));
 }
 
 }  // namespace
@@ -126,4 +196,8 @@ TORCH_LIBRARY_IMPL(gradaug, CPU, m) {
   m.impl("slim_linear_input_grad", slim_linear_input_grad);
   m.impl("slim_linear_weight_grad_", slim_linear_weight_grad_);
   m.impl("slim_linear_weight_grad", slim_linear_weight_grad);
+}
+
+TORCH_LIBRARY_FRAGMENT(gradaug, m) {
+  m.def("_linear_paths(str direction, Tensor x, Tensor weight, int out_features) -> str[]", linear_paths);
 }

@@ -1,12 +1,14 @@
-// What the operators on the kernels of conv/problem.h share about tensors.
+// What the operators on the paths of conv/paths.h share about tensors.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <optional>
+#include <string>
+#include <vector>
 
-#include "cpu/microkernels/table.h"
+#include "cpu/conv/paths.h"
 
 namespace gradaug::cpu {
 
@@ -26,6 +28,15 @@ inline std::optional<Dtype> dtype_of(const at::Tensor& t) {
     default:
       return std::nullopt;
   }
+}
+
+// Verdicts as Python takes them: four strings each, empty where there is none.
+inline std::vector<std::string> lines(const std::vector<Verdict>& verdicts) {
+  std::vector<std::string> found;
+  for (const Verdict& v : verdicts) {
+    for (const char* text : {v.pixels.c_str(), v.path, v.cannot, v.loses}) found.emplace_back(text ? text : "");
+  }
+  return found;
 }
 
 }  // namespace gradaug::cpu

@@ -9,6 +9,7 @@
 
 #include "cpu/conv/input_band.h"
 #include "cpu/conv/packed_panels.h"
+#include "cpu/conv/paths.h"
 #include "cpu/conv/strided_rows.h"
 
 namespace gradaug::cpu {
@@ -31,154 +32,230 @@ Range inside(const GatherAxis& axis, int64_t q) {
   return taps;
 }
 
-// One row of all pixels, where one tap reads and writes pixels that are evenly spaced in memory.
-void flatten(int64_t& batch, GatherAxis& h, GatherAxis& w, Image& x, Image& y) {
-  if (!is_pointwise(h, w)) return;
-  const Rows inputs = inputs_in_place(x, batch, h, w), outputs = outputs_in_place(y, batch, h, w);
-  if (!inputs.data || !outputs.data) return;
-  x = {inputs.data, x.dtype, 0, 0, inputs.pitch};
-  y = {outputs.data, y.dtype, 0, 0, outputs.pitch};
-  w.inputs = w.outputs = batch * h.outputs * w.outputs;
-  h.inputs = h.outputs = batch = 1;
-  for (GatherAxis* axis : {&h, &w}) axis->offset = {0}, axis->step = axis->spacing = 1, axis->first = 0;
-}
+// The pixels of one phase: read from x, written to y.
+struct Pixels {
+  int64_t batch;
+  GatherAxis h, w;
+  Images x;
+  MutableImages y;
 
-void pack(const Kernels& kernels, float* packed, const Panels& panels, const GatherAxis& h, const GatherAxis& w,
-          const Weight& weight, int64_t depth) {
-  const int64_t grain = std::max<int64_t>(1, 32768 / (panels.units * panels.panel));
-  at::parallel_for(0, panels.count() * panels.taps, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t p = i / panels.taps, t = i % panels.taps;
-      pack_tap(kernels, packed + panels.offset(p), panels, p, t, h, w, weight, depth);
-    }
-  });
-}
-
-}  // namespace
-
-void gather_conv(const Kernels& kernels, int64_t batch, const GatherAxis& h_axis, const GatherAxis& w_axis, Image x,
-                 int64_t depth, const Weight& weight, const float* bias, Image y, int64_t columns) {
-  if (winograd_conv(kernels, batch, h_axis, w_axis, x, depth, weight, bias, y, columns)) return;
-  if (few_pixels_conv(kernels, batch, h_axis, w_axis, x, depth, weight, bias, y, columns)) return;
-  GatherAxis h = h_axis, w = w_axis;
-  flatten(batch, h, w, x, y);
-  const int64_t units = ceil_div(depth, kernels.pair);  // of a tap
-  const int64_t taps_h = h.tap.size(), taps_w = w.tap.size();
-  const Panels panels{taps_h * taps_w, units, columns, kernels.panel, kernels.lanes};
-  const Buffer packed(panels.size());
-  pack(kernels, packed.data(), panels, h, w, weight, depth);
-
-  std::vector<float> padded_bias(bias ? panels.count() * panels.panel : 0);
-  if (bias) std::copy(bias, bias + columns, padded_bias.begin());
-
-  // A single tap needs only every step-th pixel; several taps need all.
-  const bool direct = is_pointwise(h, w) && holds_units(kernels, batch, h, w, x, depth);
-  const int64_t copy_h = taps_h == 1 ? h.step : 1, copy_w = taps_w == 1 ? w.step : 1;
-  const int64_t step_h = h.step / copy_h, step_w = w.step / copy_w;
-  // Rows of a tile that are multiples of 4 KiB apart would share one set of the first-level cache.
-  const int64_t pixel = units % 256 == 0 ? units + 16 : units;
-
-  // Block of output pixels: rows x width.
-  const int64_t band_rows = span(h) + 1, output_pixel = columns * size_of(y.dtype) / 4;
-  const int64_t fits = (kBandUnits - band_rows * span(w) * pixel) / (band_rows * step_w * pixel + output_pixel);
-  const int64_t threads = at::get_num_threads();
-  int64_t across = ceil_div(w.outputs, std::min(std::max(fits, kMinPixels), w.outputs));
-  if (h.outputs == 1 && batch == 1) {  // nothing else to share: as many blocks for each thread
-    across = std::max(across, std::min(threads * 2, w.outputs / kMinPixels));
-    if (across > threads) across = round_up(across, threads);
+  // One row of all pixels, where one tap reads and writes pixels that are evenly spaced in memory.
+  void flatten() {
+    if (!is_pointwise(h, w)) return;
+    const auto inputs = inputs_in_place(x, batch, h, w);
+    const auto outputs = outputs_in_place(y, batch, h, w);
+    if (!inputs.data || !outputs.data) return;
+    x = {inputs.data, x.dtype, 0, 0, inputs.pitch};
+    y = {outputs.data, y.dtype, 0, 0, outputs.pitch};
+    w.inputs = w.outputs = batch * h.outputs * w.outputs;
+    h.inputs = h.outputs = batch = 1;
+    for (GatherAxis* axis : {&h, &w}) axis->offset = {0}, axis->step = axis->spacing = 1, axis->first = 0;
   }
-  const int64_t unit = across > 1 ? kernels.max_rows : 1;
-  across = std::min(across, ceil_div(w.outputs, unit));
-  const int64_t width = ceil_div(ceil_div(w.outputs, unit), across) * unit;
-  const int64_t band_width = (width - 1) * step_w + span(w) + 1;
-  int64_t rows = (kBandUnits - span(h) * band_width * pixel) / (step_h * band_width * pixel + width * output_pixel);
-  rows = std::clamp<int64_t>(rows, 1, h.outputs);
-  rows = std::clamp<int64_t>(batch * across * h.outputs / (2 * threads), 1, rows);
-  const int64_t down = ceil_div(h.outputs, rows);
-  rows = ceil_div(h.outputs, down);
-  const int64_t blocks = batch * down * across;
-  // Few blocks: threads share one and take panels of it.
-  const int64_t shares = std::clamp<int64_t>(threads / blocks, 1, panels.count());
+};
 
-  // Adjacent taps of a row whose pixels are adjacent in the band are one run of units.
-  const bool adjacent = span(w) + 1 == taps_w && pixel == units && !direct;
-  const int64_t offsets = adjacent ? 1 : taps_w;  // of a row of taps
-  std::vector<int64_t> tap_offset;
-  const Band shape{0, copy_h, (rows - 1) * step_h + band_rows, 0, copy_w, band_width, pixel};
-  const int64_t a_row = direct ? h.step * x.h / kernels.pair : shape.row() * step_h;
-  const int64_t a_pixel = direct ? w.step * x.w / kernels.pair : pixel * step_w;
-  for (int64_t th = 0; th < taps_h; th++) {
-    for (int64_t tw = 0; tw < offsets; tw++) {
-      const int64_t dh = h.offset[th] - h.offset[0], dw = w.offset[tw] - w.offset[0];
-      tap_offset.push_back(dh * shape.row() + dw * pixel);
-    }
+// Where a task finds the inputs of its block: in x, or in its copy of the band of rows and columns under the block.
+struct Source {
+  bool in_place;
+  int64_t step_h, step_w;  // from the input of an output to that of the next, in pixels of the band
+  int64_t pixel;           // units from a pixel of the band to the next
+  Band band;               // of the first block of the image, as high and wide as any
+
+  Source(const Kernels& kernels, const Pixels& pixels, int64_t depth)
+      : in_place(is_pointwise(pixels.h, pixels.w) &&
+                 holds_units(kernels, pixels.batch, pixels.h, pixels.w, pixels.x, depth)) {
+    // A single tap needs only every step-th pixel; several taps need all.
+    const int64_t copy_h = pixels.h.tap.size() == 1 ? pixels.h.step : 1;
+    const int64_t copy_w = pixels.w.tap.size() == 1 ? pixels.w.step : 1;
+    step_h = pixels.h.step / copy_h, step_w = pixels.w.step / copy_w;
+    // Rows of a tile that are multiples of 4 KiB apart would share one set of the first-level cache.
+    const int64_t units = ceil_div(depth, kernels.pair);
+    pixel = units % 256 == 0 ? units + 16 : units;
+    band = {0, copy_h, 0, 0, copy_w, 0, pixel};
   }
 
-  // Pixels of one call: more where there is little to sum for each.
-  const int64_t strip = kernels.max_rows * std::clamp<int64_t>(512 / (panels.taps * units), 4, 32);
+  int64_t rows_under(const GatherAxis& h, int64_t rows) const { return (rows - 1) * step_h + span(h) + 1; }
+  int64_t columns_under(const GatherAxis& w, int64_t columns) const { return (columns - 1) * step_w + span(w) + 1; }
+};
 
-  // What a task reads of x, row by row, is fetched during the task before it: as many lines in each call.
-  const auto source = [&](int64_t task) {
-    const int64_t block = task / shares, n = block / (down * across);
-    const int64_t q0 = block / across % down * rows;
-    const Range columns = Range{0, w.outputs}.part(block % across, across, unit);
-    const Range valid_h = {std::max<int64_t>(0, q0 * h.step + h.offset[0]),
-                           std::min(h.inputs, (q0 + rows - 1) * h.step + h.offset[0] + span(h) + 1)};
-    const Range valid_w = {std::max<int64_t>(0, columns.begin * w.step + w.offset[0]),
-                           std::min(w.inputs, (columns.end - 1) * w.step + w.offset[0] + span(w) + 1)};
-    return Prefetch(x.at(n, valid_h.begin, valid_w.begin), valid_h.size(), x.h * size_of(x.dtype),
-                    ((valid_w.size() - 1) * x.w + depth) * size_of(x.dtype));
-  };
-  const int64_t calls_of_task = rows * ceil_div(width, strip) * panels.count();
+struct Block {
+  int64_t image;
+  Range rows, columns;  // of outputs
+};
 
-  at::parallel_for(0, blocks * shares, 1, [&](int64_t begin, int64_t end) {
-    const Buffer memory(direct ? 0 : shape.units());
-    for (int64_t task = begin; task < end; task++) {
-      const int64_t share = task % shares, block = task / shares;
-      const int64_t n = block / (down * across), q0 = block / across % down * rows;
-      const Range columns = Range{0, w.outputs}.part(block % across, across, unit);
-      const int64_t p0 = columns.begin, block_width = columns.size(), block_rows = std::min(rows, h.outputs - q0);
-      const float* a;
-      if (direct) {
-        a = reinterpret_cast<const float*>(x.at(n, q0 * h.step + h.offset[0], p0 * w.step + w.offset[0]));
-      } else {
-        Band band = shape;
-        band.first_row = q0 * h.step + h.offset[0];
-        band.rows = (block_rows - 1) * step_h + band_rows;
-        band.first_column = p0 * w.step + w.offset[0];
-        load_band(kernels, memory.data(), band, x, n, h.inputs, w.inputs, depth);
-        a = memory.data();
+// Blocks of `rows` rows of outputs and a part of their columns. Where there are fewer blocks than threads, `shares` of
+// them take a block each, and panels of it.
+struct Blocks {
+  int64_t batch, height, width;
+  int64_t rows, columns, down, across, multiple;
+  int64_t shares;
+
+  Blocks(const Kernels& kernels, const Pixels& pixels, const Source& source, const Panels& panels)
+      : batch(pixels.batch), height(pixels.h.outputs), width(pixels.w.outputs) {
+    const int64_t threads = at::get_num_threads(), pixel = source.pixel;
+    const int64_t band_rows = span(pixels.h) + 1, span_w = span(pixels.w);
+    const int64_t output_pixel = panels.columns * size_of(pixels.y.dtype) / 4;
+    const int64_t fits = (kBandUnits - band_rows * span_w * pixel) / (band_rows * source.step_w * pixel + output_pixel);
+    across = ceil_div(width, std::min(std::max(fits, kMinPixels), width));
+    if (height == 1 && batch == 1) {  // nothing else to share: as many blocks for each thread
+      across = std::max(across, std::min(threads * 2, width / kMinPixels));
+      if (across > threads) across = round_up(across, threads);
+    }
+    multiple = across > 1 ? kernels.max_rows : 1;
+    across = std::min(across, ceil_div(width, multiple));
+    columns = ceil_div(ceil_div(width, multiple), across) * multiple;
+    const int64_t band_width = source.columns_under(pixels.w, columns);
+    rows = (kBandUnits - (band_rows - 1) * band_width * pixel) /
+           (source.step_h * band_width * pixel + columns * output_pixel);
+    rows = std::clamp<int64_t>(rows, 1, height);
+    rows = std::clamp<int64_t>(batch * across * height / (2 * threads), 1, rows);
+    down = ceil_div(height, rows);
+    rows = ceil_div(height, down);
+    shares = std::clamp<int64_t>(threads / count(), 1, panels.count());
+  }
+
+  int64_t count() const { return batch * down * across; }
+  Block operator[](int64_t i) const {
+    const int64_t first = i / across % down * rows;
+    return {i / (down * across),
+            {first, std::min(height, first + rows)},
+            Range{0, width}.part(i % across, across, multiple)};
+  }
+};
+
+class Product {
+ public:
+  Product(const GatherProblem& problem, const Phase& phase, const Pixels& pixels)
+      : kernels_(*problem.kernels),
+        pixels_(pixels),
+        depth_(problem.depth()),
+        panels_{static_cast<int64_t>(phase.h.tap.size() * phase.w.tap.size()), ceil_div(depth_, kernels_.pair),
+                problem.channels(), kernels_.panel, kernels_.lanes},
+        source_(kernels_, pixels, depth_),
+        blocks_(kernels_, pixels, source_, panels_),
+        bias_(padded_bias(problem.bias, panels_)),
+        weight_(panels_.size()) {
+    pack(phase, problem.matrices());
+    source_.band.rows = source_.rows_under(pixels.h, blocks_.rows);
+    source_.band.columns = source_.columns_under(pixels.w, blocks_.columns);
+    // Adjacent taps of a row whose pixels are adjacent in the band are one run of units.
+    const int64_t taps_w = pixels.w.tap.size();
+    const bool adjacent = span(pixels.w) + 1 == taps_w && source_.pixel == panels_.units && !source_.in_place;
+    runs_ = adjacent ? 1 : taps_w;
+    for (const int64_t dh : pixels.h.offset) {
+      for (int64_t run = 0; run < runs_; run++) {
+        const int64_t dw = pixels.w.offset[run] - pixels.w.offset[0];
+        tap_offset_.push_back((dh - pixels.h.offset[0]) * source_.band.row() + dw * source_.pixel);
       }
-      Prefetch next = task + 1 < end && shares == 1 ? source(task + 1) : Prefetch();
-      const int64_t next_lines = ceil_div(next.lines(), calls_of_task);
-      const int64_t first_panel = panels.count() * share / shares, last_panel = panels.count() * (share + 1) / shares;
-      const int64_t strips = ceil_div(block_width, strip);
-      const auto multiply = [&](int64_t p, int64_t q, int64_t i) {
-        const Range pixels = Range{0, block_width}.part(i, strips);
-        const Range taps = inside(h, q0 + q);
-        GemmTile tile{};
-        tile.a = a + q * a_row + pixels.begin * a_pixel;
-        tile.a_row = a_pixel;
-        tile.tap_offset = tap_offset.data() + taps.begin * offsets;
-        tile.taps = taps.size() * offsets;
-        tile.b = packed.data() + panels.offset(p) + taps.begin * taps_w * units * panels.stored(p);
-        tile.depth = adjacent ? units * taps_w : units;
-        tile.bias = bias ? padded_bias.data() + p * panels.panel : nullptr;
-        tile.c = y.at(n, h.first + (q0 + q) * h.spacing, w.first + (p0 + pixels.begin) * w.spacing) +
-                 p * panels.panel * size_of(y.dtype);
-        tile.c_row = y.w * w.spacing;
-        tile.rows = pixels.size();
-        tile.columns = panels.valid(p);
-        next.fetch(next_lines);
-        kernels.gemm(tile, y.dtype);
-      };
-      for (int64_t p = first_panel; p < last_panel; p++) {
-        for (int64_t q = 0; q < block_rows; q++) {
-          for (int64_t i = 0; i < strips; i++) multiply(p, q, i);
+    }
+    // More where there is little to sum for each.
+    strip_ = kernels_.max_rows * std::clamp<int64_t>(512 / (panels_.taps * panels_.units), 4, 32);
+  }
+
+  void compute() const {
+    at::parallel_for(0, blocks_.count() * blocks_.shares, 1, [&](int64_t begin, int64_t end) {
+      const Buffer memory(source_.in_place ? 0 : source_.band.units());
+      for (int64_t task = begin; task < end; task++) {
+        const Block block = blocks_[task / blocks_.shares];
+        Prefetch next = task + 1 < end && blocks_.shares == 1 ? fetching(blocks_[task + 1]) : Prefetch();
+        multiply(block, inputs(block, memory.data()), task % blocks_.shares, next);
+      }
+    });
+  }
+
+ private:
+  void pack(const Phase& phase, const WeightMatrices& weight) const {
+    const int64_t grain = std::max<int64_t>(1, 32768 / (panels_.units * panels_.panel));
+    at::parallel_for(0, panels_.count() * panels_.taps, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t p = i / panels_.taps, t = i % panels_.taps;
+        pack_tap(kernels_, weight_.data() + panels_.offset(p), panels_, p, t, phase, weight, depth_);
+      }
+    });
+  }
+
+  // The input of the block's first output and first tap.
+  const float* inputs(const Block& block, float* memory) const {
+    const int64_t row = block.rows.begin * pixels_.h.step + pixels_.h.offset[0];
+    const int64_t column = block.columns.begin * pixels_.w.step + pixels_.w.offset[0];
+    if (source_.in_place) return reinterpret_cast<const float*>(pixels_.x.at(block.image, row, column));
+    Band band = source_.band;
+    band.first_row = row, band.first_column = column;
+    band.rows = source_.rows_under(pixels_.h, block.rows.size());
+    load_band(kernels_, memory, band, pixels_.x, block.image, pixels_.h.inputs, pixels_.w.inputs, depth_);
+    return memory;
+  }
+
+  // What a block reads of x, row by row: fetched during the task before it, as many lines in each call of a tile.
+  Prefetch fetching(const Block& block) const {
+    const auto under = [](const GatherAxis& axis, Range outputs) {
+      return Range{std::max<int64_t>(0, outputs.begin * axis.step + axis.offset[0]),
+                   std::min(axis.inputs, (outputs.end - 1) * axis.step + axis.offset[0] + span(axis) + 1)};
+    };
+    const Images& x = pixels_.x;
+    const Range rows = under(pixels_.h, {block.rows.begin, block.rows.begin + blocks_.rows});
+    const Range columns = under(pixels_.w, block.columns);
+    return Prefetch(x.at(block.image, rows.begin, columns.begin), rows.size(), x.h * size_of(x.dtype),
+                    ((columns.size() - 1) * x.w + depth_) * size_of(x.dtype));
+  }
+
+  // share: which panels.
+  void multiply(const Block& block, const float* a, int64_t share, Prefetch& next) const {
+    const int64_t calls = blocks_.rows * ceil_div(blocks_.columns, strip_) * panels_.count();
+    const int64_t next_lines = ceil_div(next.lines(), calls), strips = ceil_div(block.columns.size(), strip_);
+    const int64_t first = panels_.count() * share / blocks_.shares;
+    const int64_t last = panels_.count() * (share + 1) / blocks_.shares;
+    for (int64_t p = first; p < last; p++) {
+      for (int64_t q = block.rows.begin; q < block.rows.end; q++) {
+        for (int64_t i = 0; i < strips; i++) {
+          next.fetch(next_lines);
+          multiply_strip(block, a, p, q, Range{0, block.columns.size()}.part(i, strips));
         }
       }
     }
-  });
+  }
+
+  // Row q of outputs, the strip's columns of the block, panel p.
+  void multiply_strip(const Block& block, const float* a, int64_t p, int64_t q, Range strip) const {
+    const GatherAxis &h = pixels_.h, &w = pixels_.w;
+    const MutableImages& y = pixels_.y;
+    const int64_t taps_w = w.tap.size();
+    const int64_t a_row = source_.in_place ? h.step * pixels_.x.h / kernels_.pair : source_.band.row() * source_.step_h;
+    const int64_t a_pixel = source_.in_place ? w.step * pixels_.x.w / kernels_.pair : source_.pixel * source_.step_w;
+    const Range taps = inside(h, q);
+    GemmTile tile{};
+    tile.a = a + (q - block.rows.begin) * a_row + strip.begin * a_pixel;
+    tile.a_row = a_pixel;
+    tile.tap_offset = tap_offset_.data() + taps.begin * runs_;
+    tile.taps = taps.size() * runs_;
+    tile.b = weight_.data() + panels_.offset(p) + taps.begin * taps_w * panels_.units * panels_.stored(p);
+    tile.depth = panels_.units * taps_w / runs_;
+    tile.bias = bias_.empty() ? nullptr : bias_.data() + p * panels_.panel;
+    tile.c = y.at(block.image, h.first + q * h.spacing, w.first + (block.columns.begin + strip.begin) * w.spacing) +
+             p * panels_.panel * size_of(y.dtype);
+    tile.c_row = y.w * w.spacing;
+    tile.rows = strip.size();
+    tile.columns = panels_.valid(p);
+    kernels_.gemm(tile, y.dtype);
+  }
+
+  const Kernels& kernels_;
+  const Pixels& pixels_;
+  const int64_t depth_;
+  const Panels panels_;
+  Source source_;
+  const Blocks blocks_;
+  const std::vector<float> bias_;
+  const Buffer weight_;
+  int64_t runs_, strip_;             // runs of adjacent taps in a row of them; pixels of one call of a tile
+  std::vector<int64_t> tap_offset_;  // [taps_h, runs]
+};
+
+}  // namespace
+
+void implicit_gemm(const GatherProblem& problem, const Phase& phase) {
+  Pixels pixels{problem.batch, phase.h, phase.w, problem.x, problem.y};
+  pixels.flatten();
+  Product(problem, phase, pixels).compute();
 }
 
 }  // namespace gradaug::cpu

@@ -41,7 +41,7 @@ void fill_band(float* dst, const Band& band, int64_t height, int64_t width, cons
 }
 
 // The pixels of image n.
-inline void load_band(const Kernels& kernels, float* dst, const Band& band, const Image& x, int64_t n, int64_t height,
+inline void load_band(const Kernels& kernels, float* dst, const Band& band, const Images& x, int64_t n, int64_t height,
                       int64_t width, int64_t channels) {
   fill_band(dst, band, height, width, [&](float* to, int64_t h, int64_t w, int64_t count) {
     kernels.load_pixels(to, band.pixel, x.at(n, h, w), x.w * band.column_step, x.dtype, count, channels);

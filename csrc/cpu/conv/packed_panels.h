@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "cpu/conv/problem.h"
 
@@ -19,13 +20,20 @@ struct Panels {
   int64_t size() const { return count() * panel * taps * units; }
 };
 
-// panel [tap, depth units, columns]: tap t of panel p of the weight, those taps that the axes name.
+// panel [tap, depth units, columns]: tap t of panel p of the weight, those taps that the phase names.
 inline void pack_tap(const Kernels& kernels, float* panel, const Panels& panels, int64_t p, int64_t t,
-                     const GatherAxis& h, const GatherAxis& w, const Weight& weight, int64_t depth) {
-  const int64_t taps_w = w.tap.size(), stored = panels.stored(p);
+                     const Phase& phase, const WeightMatrices& weight, int64_t depth) {
+  const int64_t taps_w = phase.w.tap.size(), stored = panels.stored(p);
   kernels.pack_panel(panel + t * panels.units * stored, stored,
-                     weight.at(h.tap[t / taps_w], w.tap[t % taps_w], 0, p * panels.panel), weight.dtype, depth,
-                     panels.valid(p), weight.depth, weight.column);
+                     weight.at(phase.h.tap[t / taps_w], phase.w.tap[t % taps_w], 0, p * panels.panel), weight.dtype,
+                     depth, panels.valid(p), weight.depth, weight.column);
+}
+
+// The bias of whole panels; empty where there is none.
+inline std::vector<float> padded_bias(const float* bias, const Panels& panels) {
+  std::vector<float> padded(bias ? panels.count() * panels.panel : 0);
+  if (bias) std::copy(bias, bias + panels.columns, padded.begin());
+  return padded;
 }
 
 }  // namespace gradaug::cpu

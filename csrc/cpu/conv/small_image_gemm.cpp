@@ -4,100 +4,126 @@
 // 2. a task packs a panel of 32 columns of the weight, which nobody else needs and which stays in the second-level
 //    cache, and multiplies all pixels with it, which come from the third level;
 // 3. results whose pixels are not evenly spaced are copied there at the end.
-// gather_conv, which packs the weight for all tasks and has each read all of it, takes up to 1.6 times as long.
+// implicit_gemm, which packs the weight for all tasks and has each read all of it, takes up to 1.6 times as long.
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "cpu/conv/packed_panels.h"
+#include "cpu/conv/paths.h"
 #include "cpu/conv/strided_rows.h"
 
 namespace gradaug::cpu {
 namespace {
 
-constexpr int64_t kMaxUnits = 1024 * 1024;      // inputs of all pixels, 4 MiB: they stay in the third-level cache
-constexpr int64_t kMaxPanelUnits = 160 * 1024;  // and a panel of the weight in the second
-// Pixels for each column, where the images are read in place and where they are copied. Fitted to Zen 5.
-constexpr double kMaxPixels = 4, kMaxCopied = 1, kMaxCopiedTaps = 0.5;
-constexpr double kMaxIdle = 1.12;  // time of all tasks to that of as many columns in full panels
+class Product {
+ public:
+  Product(const GatherProblem& problem, const Phase& phase)
+      : problem_(problem),
+        phase_(phase),
+        kernels_(*problem.kernels),
+        panels_{static_cast<int64_t>(phase.h.tap.size() * phase.w.tap.size()), ceil_div(problem.depth(), kernels_.pair),
+                problem.channels(), kernels_.panel, kernels_.lanes},
+        pixels_(problem.batch * phase.h.outputs * phase.w.outputs),
+        units_(panels_.taps * panels_.units),
+        bias_(padded_bias(problem.bias, panels_)) {}
 
-}  // namespace
-
-bool few_pixels_conv(const Kernels& kernels, int64_t batch, const GatherAxis& h, const GatherAxis& w, const Image& x,
-                     int64_t depth, const Weight& weight, const float* bias, Image y, int64_t columns) {
-  const int64_t pixels = batch * h.outputs * w.outputs, taps_w = w.tap.size();
-  const Panels panels{static_cast<int64_t>(h.tap.size()) * taps_w, ceil_div(depth, kernels.pair), columns,
-                      kernels.panel, kernels.lanes};
-  const int64_t units = panels.taps * panels.units, threads = at::get_num_threads();
-  const int64_t rounds = ceil_div(panels.count(), threads);
-  if (pixels * units > kMaxUnits || panels.panel * units > kMaxPanelUnits) return false;
-  if (rounds * threads * panels.panel > kMaxIdle * columns) return false;
-
-  Rows inputs{};
-  if (is_pointwise(h, w) && holds_units(kernels, batch, h, w, x, depth)) {
-    inputs = inputs_in_place(x, batch, h, w);
-    inputs.pitch /= kernels.pair;
+  void compute() const {
+    auto inputs = inputs_in_place();
+    // Rows of a tile that are multiples of 4 KiB apart would share one set of the first-level cache.
+    const int64_t pitch = units_ % 256 == 0 ? units_ + 16 : units_;
+    const Buffer input_memory(inputs.data ? 0 : pixels_ * pitch);
+    if (!inputs.data) {
+      copy_inputs(input_memory.data(), pitch);
+      inputs = {reinterpret_cast<const char*>(input_memory.data()), pitch};
+    }
+    auto outputs = outputs_in_place(problem_.y, problem_.batch, phase_.h, phase_.w);
+    const bool apart = !outputs.data;
+    const int64_t bytes = pixels_ * panels_.columns * size_of(problem_.y.dtype);
+    const Buffer output_memory(apart ? ceil_div(bytes, sizeof(float)) : 0);
+    if (apart) outputs = {reinterpret_cast<char*>(output_memory.data()), panels_.columns};
+    multiply(inputs, outputs);
+    if (apart) copy_outputs(outputs.data);
   }
-  const double most = inputs.data ? kMaxPixels : panels.taps == 1 ? kMaxCopied : kMaxCopiedTaps;
-  if (pixels > most * columns) return false;
-  // Rows of a tile that are multiples of 4 KiB apart would share one set of the first-level cache.
-  const int64_t pitch = units % 256 == 0 ? units + 16 : units;
-  const Buffer input_memory(inputs.data ? 0 : pixels * pitch);
-  if (!inputs.data) {
-    inputs = {reinterpret_cast<char*>(input_memory.data()), pitch};
-    at::parallel_for(0, pixels, std::max<int64_t>(1, 16384 / units), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) {
-        const int64_t n = i / (h.outputs * w.outputs), q = i / w.outputs % h.outputs, p = i % w.outputs;
-        float* to = input_memory.data() + i * pitch;
-        for (int64_t t = 0; t < panels.taps; t++, to += panels.units) {
-          const int64_t row = h.step * q + h.offset[t / taps_w], column = w.step * p + w.offset[t % taps_w];
-          if (row >= 0 && row < h.inputs && column >= 0 && column < w.inputs) {
-            kernels.load_pixels(to, panels.units, x.at(n, row, column), x.w, x.dtype, 1, depth);
-          } else {
-            std::memset(to, 0, panels.units * sizeof(float));
-          }
+
+ private:
+  // [pixels, units]; no data where they have to be copied.
+  Rows<const char> inputs_in_place() const {
+    if (!reads_in_place(problem_, phase_)) return {};
+    const auto rows = gradaug::cpu::inputs_in_place(problem_.x, problem_.batch, phase_.h, phase_.w);
+    return {rows.data, rows.pitch / kernels_.pair};
+  }
+
+  template <class F>
+  void for_each_pixel(int64_t grain, const F& f) const {
+    const int64_t height = phase_.h.outputs, width = phase_.w.outputs;
+    at::parallel_for(0, pixels_, std::max<int64_t>(1, 16384 / grain), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) f(i, i / (height * width), i / width % height, i % width);
+    });
+  }
+
+  void copy_inputs(float* memory, int64_t pitch) const {
+    const GatherAxis &h = phase_.h, &w = phase_.w;
+    const Images& x = problem_.x;
+    const int64_t taps_w = w.tap.size();
+    for_each_pixel(units_, [&](int64_t i, int64_t n, int64_t q, int64_t p) {
+      float* to = memory + i * pitch;
+      for (int64_t t = 0; t < panels_.taps; t++, to += panels_.units) {
+        const int64_t row = h.step * q + h.offset[t / taps_w], column = w.step * p + w.offset[t % taps_w];
+        if (row >= 0 && row < h.inputs && column >= 0 && column < w.inputs) {
+          kernels_.load_pixels(to, panels_.units, x.at(n, row, column), x.w, x.dtype, 1, problem_.depth());
+        } else {
+          std::memset(to, 0, panels_.units * sizeof(float));
         }
       }
     });
   }
 
-  const int64_t size = size_of(y.dtype);
-  Rows outputs = outputs_in_place(y, batch, h, w);
-  const bool apart = !outputs.data;
-  const Buffer output_memory(apart ? ceil_div(pixels * columns * size, sizeof(float)) : 0);
-  if (apart) outputs = {reinterpret_cast<char*>(output_memory.data()), columns};
+  void multiply(const Rows<const char>& inputs, const Rows<char>& outputs) const {
+    const MutableImages& y = problem_.y;
+    const WeightMatrices weight = problem_.matrices();
+    at::parallel_for(0, panels_.count(), 1, [&](int64_t begin, int64_t end) {
+      const Buffer panel(units_ * panels_.panel);
+      const int64_t no_tap = 0;
+      for (int64_t p = begin; p < end; p++) {
+        for (int64_t t = 0; t < panels_.taps; t++) {
+          pack_tap(kernels_, panel.data(), panels_, p, t, phase_, weight, problem_.depth());
+        }
+        GemmTile tile{};
+        tile.a = reinterpret_cast<const float*>(inputs.data);
+        tile.a_row = inputs.pitch;
+        tile.tap_offset = &no_tap;
+        tile.taps = 1;
+        tile.b = panel.data();
+        tile.depth = units_;
+        tile.bias = bias_.empty() ? nullptr : bias_.data() + p * panels_.panel;
+        tile.c = outputs.data + p * panels_.panel * size_of(y.dtype);
+        tile.c_row = outputs.pitch;
+        tile.rows = pixels_;
+        tile.columns = panels_.valid(p);
+        kernels_.gemm(tile, y.dtype);
+      }
+    });
+  }
 
-  std::vector<float> padded_bias(bias ? panels.count() * panels.panel : 0);
-  if (bias) std::copy(bias, bias + columns, padded_bias.begin());
-  at::parallel_for(0, panels.count(), 1, [&](int64_t begin, int64_t end) {
-    const Buffer panel(units * panels.panel);
-    const int64_t no_tap = 0;
-    for (int64_t p = begin; p < end; p++) {
-      for (int64_t t = 0; t < panels.taps; t++) pack_tap(kernels, panel.data(), panels, p, t, h, w, weight, depth);
-      GemmTile tile{};
-      tile.a = reinterpret_cast<const float*>(inputs.data);
-      tile.a_row = inputs.pitch;
-      tile.tap_offset = &no_tap;
-      tile.taps = 1;
-      tile.b = panel.data();
-      tile.depth = units;
-      tile.bias = bias ? padded_bias.data() + p * panels.panel : nullptr;
-      tile.c = outputs.data + p * panels.panel * size;
-      tile.c_row = outputs.pitch;
-      tile.rows = pixels;
-      tile.columns = panels.valid(p);
-      kernels.gemm(tile, y.dtype);
-    }
-  });
-  if (!apart) return true;
-  at::parallel_for(0, pixels, std::max<int64_t>(1, 16384 / columns), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t n = i / (h.outputs * w.outputs), q = i / w.outputs % h.outputs, p = i % w.outputs;
-      std::memcpy(y.at(n, h.first + q * h.spacing, w.first + p * w.spacing), outputs.data + i * columns * size,
-                  columns * size);
-    }
-  });
-  return true;
-}
+  void copy_outputs(const char* from) const {
+    const GatherAxis &h = phase_.h, &w = phase_.w;
+    const MutableImages& y = problem_.y;
+    const int64_t bytes = panels_.columns * size_of(y.dtype);
+    for_each_pixel(panels_.columns, [&](int64_t i, int64_t n, int64_t q, int64_t p) {
+      std::memcpy(y.at(n, h.first + q * h.spacing, w.first + p * w.spacing), from + i * bytes, bytes);
+    });
+  }
+
+  const GatherProblem& problem_;
+  const Phase& phase_;
+  const Kernels& kernels_;
+  const Panels panels_;
+  const int64_t pixels_, units_;
+  const std::vector<float> bias_;
+};
+
+}  // namespace
+
+void small_image_gemm(const GatherProblem& problem, const Phase& phase) { Product(problem, phase).compute(); }
 
 }  // namespace gradaug::cpu

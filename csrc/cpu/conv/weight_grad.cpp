@@ -7,12 +7,12 @@
 //    tap finds inside the image, and are added to the gradient;
 // 4. where threads shared the pixels, their sums are added in the order of the threads.
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <vector>
 
-#include "cpu/conv/input_band.h"
+#include "cpu/conv/load_row.h"
 #include "cpu/conv/partial_sums.h"
+#include "cpu/conv/paths.h"
 #include "cpu/conv/strided_rows.h"
 
 namespace gradaug::cpu {
@@ -61,11 +61,6 @@ struct Units {
   int64_t panel, n, h, w;  // strides
 };
 
-// The width of the panels that few channels are copied into.
-int64_t stored_panel(const Kernels& kernels, int64_t channels) {
-  return channels <= kernels.lanes ? kernels.lanes : kernels.panel;
-}
-
 // Memory of a thread that grows to what is asked for.
 class Scratch {
  public:
@@ -80,29 +75,19 @@ class Scratch {
   Buffer buffer_{0};
 };
 
-// `pixels` of a row of image n, or of images 2n and 2n + 1 where units are pairs of them, from channel `begin` on, in
-// panels of `width` channels.
-void load_row(const Kernels& kernels, int64_t batch, float* to, int64_t to_pixel, int64_t width, int64_t to_panel,
-              const Image& image, int64_t n, int64_t h, int64_t w, int64_t step, int64_t pixels, int64_t begin,
-              int64_t channels) {
-  const auto at = [&](int64_t i) { return image.at(i, h, w) + begin * size_of(image.dtype); };
-  if (kernels.pair == 2) {
-    const char* second = 2 * n + 1 < batch ? at(2 * n + 1) : nullptr;
-    kernels.zip_panels(to, to_pixel, width, to_panel, reinterpret_cast<const uint16_t*>(at(2 * n)),
-                       reinterpret_cast<const uint16_t*>(second), image.w * step, pixels, channels);
-  } else if (width == kernels.panel) {
-    kernels.load_panels(to, to_panel, at(n), image.w * step, image.dtype, pixels, channels);
-  } else {
-    kernels.load_pixels(to, to_pixel, at(n), image.w * step, image.dtype, pixels, channels);
-  }
-}
-
 // The sum of one thread: output channels `out`, pixels of `blocks`, added to dweight.
 class Sum {
  public:
-  Sum(const Kernels& kernels, int64_t batch, const ConvAxis& h, const ConvAxis& w, const Image& dy, const Image& x,
-      int64_t in, Range out, const WeightGrad& dweight)
-      : kernels_(kernels), batch_(batch), h_(h), w_(w), dy_(dy), x_(x), in_(in), out_(out), dweight_(dweight) {}
+  Sum(const WeightGradProblem& problem, Range out, const WeightGrad& dweight)
+      : kernels_(*problem.kernels),
+        batch_(problem.batch),
+        h_(problem.h),
+        w_(problem.w),
+        dy_(problem.dy),
+        x_(problem.x),
+        in_(problem.in),
+        out_(out),
+        dweight_(dweight) {}
 
   // next: the block after this one, whose memory is fetched meanwhile.
   void add(const Block& block, const Block& next) {
@@ -175,7 +160,7 @@ class Sum {
   }
 
   // The rows of some images, those of several only where they are evenly spaced.
-  Prefetch fetching(const Image& image, Range images, Range rows, Range columns, int64_t height,
+  Prefetch fetching(const Images& image, Range images, Range rows, Range columns, int64_t height,
                     int64_t channels) const {
     images = {images.begin * kernels_.pair, std::min(images.end * kernels_.pair, batch_)};
     const int64_t bytes = ((columns.size() - 1) * image.w + channels) * size_of(image.dtype);
@@ -222,7 +207,7 @@ class Sum {
   const Kernels& kernels_;
   const int64_t batch_;
   const ConvAxis h_, w_;
-  const Image dy_, x_;
+  const Images dy_, x_;
   const int64_t in_;
   const Range out_;
   const WeightGrad dweight_;
@@ -230,91 +215,6 @@ class Sum {
   Prefetch next_dy_, next_x_;
   int64_t row_parts_ = 1, dy_lines_ = 0, x_lines_ = 0;  // of a call of the kernel
 };
-
-// Few input channels would fill little of a panel: here the panels are those of dy, and the rows of a tile are the
-// channels of the kernel's whole row, which are adjacent in a padded copy of x.
-void few_channels(const Kernels& kernels, int64_t batch, const ConvAxis& h, const ConvAxis& w, const Image& dy,
-                  int64_t out, const Image& x, int64_t in, const WeightGrad& dweight) {
-  const int64_t row = w.kernel * in, panel = stored_panel(kernels, out), panels = ceil_div(out, panel);
-  const bool in_units = kernels.pair == 1 && dy.dtype == Dtype::f32, whole_vectors = out % kernels.lanes == 0;
-  const int64_t height = std::min<int64_t>(h.outputs, ceil_div(256, w.outputs));  // of a block of outputs
-  const int64_t down = ceil_div(h.outputs, height), blocks = ceil_div(batch, kernels.pair) * down;
-  const int64_t parts = std::min<int64_t>(at::get_num_threads(), blocks), size = h.kernel * row * out;
-  std::vector<float> sums(parts * size);  // [parts, KH, row, out]
-  // The rows of dy and x, of one image or two, that a block adds to those of the block before it.
-  const auto rows_of_block = [&](int64_t b) {
-    const int64_t n = b / down * kernels.pair, first = b % down * height, rows = std::min(height, h.outputs - first);
-    const auto of_image = [](const Image& image, int64_t n, int64_t first, int64_t count, int64_t width) {
-      const int64_t size = size_of(image.dtype);
-      return Prefetch(image.at(n, first, 0), count, image.h * size, width * image.w * size);
-    };
-    const int64_t x_first = std::min(first * h.stride, h.inputs - 1);
-    const int64_t x_rows = std::min(rows * h.stride, h.inputs - x_first);
-    std::array<Prefetch, 4> found;
-    for (int64_t i = 0; i < kernels.pair && n + i < batch; i++) {
-      found[2 * i] = of_image(dy, n + i, first, rows, w.outputs);
-      found[2 * i + 1] = of_image(x, n + i, x_first, x_rows, w.inputs);
-    }
-    return found;
-  };
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    Band band{0, 1, (height - 1) * h.stride + (h.kernel - 1) * h.dilation + 1, -w.padding, 1, w.inputs + 2 * w.padding,
-              in};
-    const int64_t dy_row = w.outputs * panel, dy_panel = height * dy_row;
-    const Buffer band_memory(band.units()), dy_memory(in_units && whole_vectors ? 0 : panels * dy_panel);
-    for (int64_t part = begin; part < end; part++) {
-      const Range mine = Range{0, blocks}.part(part, parts);
-      for (int64_t b = mine.begin; b < mine.end; b++) {
-        const int64_t n = b / down, first = b % down * height, rows = std::min(height, h.outputs - first);
-        // The last vector of a block may end beyond its last pixel, but not beyond the image.
-        const int64_t after = (h.outputs - first - rows) * dy.h;
-        const bool copied = !in_units || (!whole_vectors && after < kernels.lanes);
-        const auto next = b + 1 < mine.end ? rows_of_block(b + 1) : std::array<Prefetch, 4>{};
-        auto fetching = next;
-        band.first_row = first * h.stride - h.padding;
-        fill_band(band_memory.data(), band, h.inputs, w.inputs, [&](float* to, int64_t r, int64_t c, int64_t count) {
-          const bool one_run = x.w == in;
-          const int64_t pixels = one_run ? 1 : count, channels = one_run ? count * in : in;
-          load_row(kernels, batch, to, channels, channels, 0, x, n, r, c, 1, pixels, 0, channels);
-        });
-        for (int64_t r = 0; copied && r < rows; r++) {
-          load_row(kernels, batch, dy_memory.data() + r * dy_row, panel, panel, dy_panel, dy, n, first + r, 0, 1,
-                   w.outputs, 0, out);
-        }
-        for (int64_t kh = 0; kh < h.kernel; kh++) {
-          OuterTile tile{};
-          tile.a = band_memory.data() + kh * h.dilation * band.row();
-          tile.images = 1, tile.rows = rows, tile.pixels = w.outputs;
-          tile.a_row = band.row() * h.stride, tile.a_pixel = w.stride * in;
-          tile.b_row = copied ? dy_row : dy.h, tile.b_pixel = copied ? panel : dy.w;
-          tile.c_row = out;
-          tile.channels = row;
-          for (int64_t p = 0; p < panels; p++) {
-            tile.b = copied ? dy_memory.data() + p * dy_panel
-                            : reinterpret_cast<const float*>(dy.at(n, first, 0)) + p * panel;
-            tile.c = sums.data() + part * size + kh * row * out + p * panel;
-            tile.columns = std::min(panel, out - p * panel);
-            for (size_t i = 0; i < next.size(); i++) fetching[i].fetch(ceil_div(next[i].lines(), h.kernel * panels));
-            kernels.outer(tile);
-          }
-        }
-      }
-    }
-  });
-  for (int64_t o = 0; o < out; o++) {
-    for (int64_t kh = 0; kh < h.kernel; kh++) {
-      for (int64_t kw = 0; kw < w.kernel; kw++) {
-        float* to = dweight.data + o * dweight.out + kh * dweight.h + kw * dweight.w;
-        for (int64_t i = 0; i < in; i++) {
-          const float* from = sums.data() + (kh * row + kw * in + i) * out + o;
-          float total = from[0];
-          for (int64_t p = 1; p < parts; p++) total += from[p * size];
-          to[i * dweight.in] += total;
-        }
-      }
-    }
-  }
-}
 
 // Whether the kernel is 1x1 and reads every pixel: dy and x then play the same part.
 bool reads_pixels_once(const ConvAxis& h, const ConvAxis& w) {
@@ -329,75 +229,79 @@ bool fills_panels_better(const Kernels& kernels, int64_t out, int64_t in) {
   return 32 * padded(out) * in < 31 * padded(in) * out && out * in <= 64 * 1024;
 }
 
-// For 1x1 kernels on images whose pixels are evenly spaced in memory: one row of all pixels, or, where pixels of two
-// images are paired, one row of either half of them.
-void flatten(int64_t pair, int64_t& batch, ConvAxis& h, ConvAxis& w, Image& dy, Image& x) {
-  if (!reads_pixels_once(h, w)) return;
-  const auto rows = [&](const Image& image) { return evenly_spaced(image, batch, 0, 1, h.outputs, 0, 1, w.outputs); };
-  const Rows of_dy = rows(dy), of_x = rows(x);
-  if (!of_dy.data || !of_x.data) return;
-  const int64_t pixels = batch * h.outputs * w.outputs;
-  if (pixels % pair == 0) batch = pair;
-  w.inputs = w.outputs = pixels / batch;
-  h.inputs = h.outputs = 1;
-  const auto image = [&](const Rows& rows, Dtype dtype) {
-    return Image{rows.data, dtype, w.outputs * rows.pitch, w.outputs * rows.pitch, rows.pitch};
-  };
-  dy = image(of_dy, dy.dtype), x = image(of_x, x.dtype);
+// The same with x and dy in each other's place.
+WeightGradProblem transposed(const WeightGradProblem& problem) {
+  WeightGradProblem other = problem;
+  std::swap(other.in, other.out);
+  std::swap(other.x, other.dy);
+  std::swap(other.dweight.in, other.dweight.out);
+  return other;
 }
 
-// The pixels that a strided 1x1 kernel reads, in memory of their own: [batch, OH, OW, in].
-Image read_pixels(Buffer& memory, int64_t batch, const ConvAxis& h, const ConvAxis& w, const Image& x, int64_t in) {
-  const int64_t row = w.outputs * in, size = size_of(x.dtype);
-  memory = Buffer(ceil_div(batch * h.outputs * row * size, sizeof(float)));
-  Image pixels{memory.data(), x.dtype, h.outputs * row, row, in};
-  at::parallel_for(0, batch * h.outputs, ceil_div(32768, row), [&](int64_t begin, int64_t end) {
+// For 1x1 kernels on images whose pixels are evenly spaced in memory: one row of all pixels, or, where pixels of two
+// images are paired, one row of either half of them.
+void flatten(WeightGradProblem& p) {
+  if (!reads_pixels_once(p.h, p.w)) return;
+  const auto rows = [&](const Images& images) {
+    return evenly_spaced(images, p.batch, 0, 1, p.h.outputs, 0, 1, p.w.outputs);
+  };
+  const Rows of_dy = rows(p.dy), of_x = rows(p.x);
+  if (!of_dy.data || !of_x.data) return;
+  const int64_t pixels = p.batch * p.h.outputs * p.w.outputs;
+  if (pixels % p.kernels->pair == 0) p.batch = p.kernels->pair;
+  p.w.inputs = p.w.outputs = pixels / p.batch;
+  p.h.inputs = p.h.outputs = 1;
+  const auto images = [&](const Rows<const char>& rows, Dtype dtype) {
+    return Images{rows.data, dtype, p.w.outputs * rows.pitch, p.w.outputs * rows.pitch, rows.pitch};
+  };
+  p.dy = images(of_dy, p.dy.dtype), p.x = images(of_x, p.x.dtype);
+}
+
+// A strided 1x1 kernel without padding as one that reads every pixel, of those in memory of their own:
+// [batch, OH, OW, in].
+void read_pixels(WeightGradProblem& p, Buffer& memory) {
+  ConvAxis &h = p.h, &w = p.w;
+  if (h.kernel * w.kernel != 1 || h.stride * w.stride == 1 || h.padding + w.padding != 0) return;
+  const int64_t row = w.outputs * p.in, size = size_of(p.x.dtype);
+  memory = Buffer(ceil_div(p.batch * h.outputs * row * size, sizeof(float)));
+  const MutableImages pixels{reinterpret_cast<char*>(memory.data()), p.x.dtype, h.outputs * row, row, p.in};
+  at::parallel_for(0, p.batch * h.outputs, ceil_div(32768, row), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t n = i / h.outputs, q = i % h.outputs;
-      for (int64_t p = 0; p < w.outputs; p++) {
-        std::memcpy(pixels.at(n, q, p), x.at(n, q * h.stride, p * w.stride), in * size);
+      for (int64_t c = 0; c < w.outputs; c++) {
+        std::memcpy(pixels.at(n, q, c), p.x.at(n, q * h.stride, c * w.stride), p.in * size);
       }
     }
   });
-  return pixels;
+  p.x = pixels;
+  h.inputs = h.outputs, w.inputs = w.outputs;
+  h.stride = w.stride = 1;
 }
 
 }  // namespace
 
-void conv_weight_grad(const Kernels& kernels, int64_t batch, const ConvAxis& h_axis, const ConvAxis& w_axis,
-                      const Image& dy_image, int64_t out, const Image& x_image, int64_t in, const WeightGrad& dweight) {
-  if (reads_pixels_once(h_axis, w_axis) && fills_panels_better(kernels, out, in)) {
-    const WeightGrad transposed{dweight.data, dweight.in, dweight.h, dweight.w, dweight.out};
-    return conv_weight_grad(kernels, batch, h_axis, w_axis, x_image, in, dy_image, out, transposed);
-  }
-  if (w_axis.kernel > 1 && w_axis.dilation == 1 && in <= 4) {
-    return few_channels(kernels, batch, h_axis, w_axis, dy_image, out, x_image, in, dweight);
-  }
-  if (winograd_weight_grad(kernels, batch, h_axis, w_axis, dy_image, out, x_image, in, dweight)) return;
-  ConvAxis h = h_axis, w = w_axis;
-  Image dy = dy_image, x = x_image;
+void weight_grad(const WeightGradProblem& problem) {
+  WeightGradProblem p = problem;
+  const Kernels& kernels = *p.kernels;
+  if (reads_pixels_once(p.h, p.w) && fills_panels_better(kernels, p.out, p.in)) p = transposed(problem);
   Buffer pixels(0);
-  if (h.kernel * w.kernel == 1 && h.stride * w.stride > 1 && h.padding + w.padding == 0) {
-    x = read_pixels(pixels, batch, h, w, x_image, in);
-    h.inputs = h.outputs, w.inputs = w.outputs;
-    h.stride = w.stride = 1;
-  }
-  flatten(kernels.pair, batch, h, w, dy, x);
-  const int64_t size = out * h.kernel * w.kernel * in, threads = at::get_num_threads();
-  const int64_t out_parts = size <= 64 * 1024 ? 1 : std::min(threads, ceil_div(out, 2 * kernels.max_rows));
-  const int64_t outs = ceil_div(out, out_parts);
-  const int64_t fits = kernels.pair == 2 ? kPairUnits / outs : kFloatUnits / (in + outs);
-  const Blocks blocks(ceil_div(batch, kernels.pair), h.outputs, w.outputs,
+  read_pixels(p, pixels);
+  flatten(p);
+  const int64_t size = p.out * p.h.kernel * p.w.kernel * p.in, threads = at::get_num_threads();
+  const int64_t out_parts = size <= 64 * 1024 ? 1 : std::min(threads, ceil_div(p.out, 2 * kernels.max_rows));
+  const int64_t outs = ceil_div(p.out, out_parts);
+  const int64_t fits = kernels.pair == 2 ? kPairUnits / outs : kFloatUnits / (p.in + outs);
+  const Blocks blocks(ceil_div(p.batch, kernels.pair), p.h.outputs, p.w.outputs,
                       std::clamp<int64_t>(fits, kMinPixels, kMaxPixels) / kernels.pair);
   const int64_t pixel_parts = std::min(threads / out_parts, blocks.count());
 
-  const PartialSums sums(pixel_parts, h.kernel, w.kernel, out, in, dweight);
+  const PartialSums sums(pixel_parts, p.h.kernel, p.w.kernel, p.out, p.in, p.dweight);
   at::parallel_for(0, out_parts * pixel_parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; part++) {
-      const int64_t p = part % pixel_parts;
-      const Range channels = Range{0, out}.part(part / pixel_parts, out_parts, kernels.max_rows);
-      Sum sum(kernels, batch, h, w, dy, x, in, channels, sums.of(p, channels));
-      const Range mine = Range{0, blocks.count()}.part(p, pixel_parts);
+      const int64_t pixel_part = part % pixel_parts;
+      const Range channels = Range{0, p.out}.part(part / pixel_parts, out_parts, kernels.max_rows);
+      Sum sum(p, channels, sums.of(pixel_part, channels));
+      const Range mine = Range{0, blocks.count()}.part(pixel_part, pixel_parts);
       for (int64_t b = mine.begin; b < mine.end; b++) sum.add(blocks[b], blocks[std::min(b + 1, mine.end - 1)]);
     }
   });
