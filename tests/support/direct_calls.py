@@ -55,9 +55,13 @@ SIZES["slim_conv2d_norm_backward_"] = {**SIZES["slim_conv2d_norm_backward"], "dw
 
 
 def operators() -> list[str]:
-    """The names of all operators of the package but those of one device, which others call."""
+    """The names of all operators of the package but those of one device, which others call, and the private ones.
+
+    Those read no tensor's memory: `_conv_paths` and the like (tests/ops/test_paths.py).
+    """
     names = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("gradaug::")}
-    return sorted(name.removeprefix("gradaug::") for name in names if not name.endswith("_cuda_cpp"))
+    names = {name.removeprefix("gradaug::") for name in names}
+    return sorted(name for name in names if not name.endswith("_cuda_cpp") and not name.startswith("_"))
 
 
 def arguments_of(name: str) -> list:
