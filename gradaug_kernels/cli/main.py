@@ -26,7 +26,8 @@ from ..train.folder import CHECKPOINT, FILES
 from ..train.report import table
 from ..train.run import train
 from . import tune
-from .info import collect_info, format_info
+from .info import collect_conv_info, collect_info, format_conv_info, format_info
+from .paths import DTYPES, SYNTAX, parse_convolution, parse_images
 
 SHORTCUTS = {
     "data": "data.root",
@@ -253,6 +254,22 @@ def _add_info(commands):
     info.add_argument(
         "--model", metavar="NAME", help="show also what fuses in a model, e.g. torchvision/resnet50 or cifar_resnet"
     )
+    info.add_argument(
+        "--conv",
+        metavar="CONV",
+        help=f"show only who computes a convolution in each direction, and why others do not: {SYNTAX}, where an "
+        "axis' option is one integer or two, such as 3x5, and the defaults are 1,0,1,1",
+    )
+    info.add_argument(
+        "--full", metavar="C,O", help="with --conv: input and output channels at full width (default: those of CONV)"
+    )
+    info.add_argument(
+        "--device", help='with --conv: "cpu", or "cuda" for the rule alone (default: what this machine has)'
+    )
+    info.add_argument(
+        "--images", metavar="N,C,H,W", help="with --model: what its layers' paths are shown for (default: 32,3,224,224)"
+    )
+    info.add_argument("--dtype", default="float32", help=f"of the images: {', '.join(DTYPES)} (default: float32)")
     info.set_defaults(run=_info)
 
 
@@ -321,5 +338,20 @@ def _eval(command):
 
 
 def _info(command):
-    info = collect_info(command.model)
-    print(json.dumps(info, indent=2) if command.json else format_info(info))
+    if command.dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {command.dtype}")
+    if command.device not in (None, "cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {command.device}")
+    for option, needs in (("full", "conv"), ("device", "conv"), ("images", "model")):
+        if getattr(command, option) is not None and getattr(command, needs) is None:
+            raise ValueError(f"--{option} must come with --{needs}, got it alone")
+    if command.conv is not None and command.model is not None:
+        raise ValueError("--conv must come without --model, got both")
+    if command.conv is not None:
+        devices = [command.device] if command.device else ["cpu", *["cuda"] * torch.cuda.is_available()]
+        info = collect_conv_info(parse_convolution(command.conv, command.full), command.dtype, devices)
+    else:
+        images = {} if command.images is None else {"images": parse_images(command.images)}
+        info = collect_info(command.model, **images, dtype=command.dtype)
+    formatted = format_info if command.conv is None else format_conv_info
+    print(json.dumps(info, indent=2) if command.json else formatted(info))
