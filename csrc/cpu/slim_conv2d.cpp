@@ -120,6 +120,8 @@ WeightGradProblem weight_grad_problem(const Tensor& dy, const Tensor& x, const T
 // - oneDNN's kernels on images narrower than the stride. Forward ends the process where columns of outputs see nothing
 //   but padding (bfloat16, and float32 with a bias); weight gradients of bfloat16 keep uninitialised memory (20 of 20
 //   calls on 175 x 1 pixels). oneDNN has no float64, and so few pixels cost nothing in it.
+// - Forward of bfloat16 with a stride and one column of outputs, one input and several output channels in a group, adds
+//   what was in memory before.
 // - Convolutions in groups trust the stride of a dimension of one element, which may be anything: weight gradients that
 //   of the batch that one image was taken from, forward those of a kernel of one row or column (errors of 8).
 
@@ -132,6 +134,12 @@ Tensor with_usual_strides(const Tensor& t) {
 
 Tensor for_torch(const Tensor& x, const Geometry& g) {
   return with_usual_strides(x.size(3) < g.stride[1] ? x.to(at::kDouble) : x);
+}
+
+// y: the size of the result, [N, out, OH, OW].
+bool is_one_column(const Tensor& x, IntArrayRef y, const Geometry& g) {
+  const bool one_to_several = g.groups == x.size(1) && y[1] > g.groups;
+  return y[3] == 1 && g.stride[1] > 1 && one_to_several && x.scalar_type() == at::kBFloat16;
 }
 
 // A parameter in the dtype of x.
@@ -173,7 +181,7 @@ Tensor slim_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Te
     problem.bias = float_bias.const_data_ptr<float>();
   };
   const auto torch = [&] {
-    input = for_torch(x, geometry);
+    input = for_torch(is_one_column(x, size, geometry) ? x.to(at::kDouble) : x, geometry);
     const Tensor w = with_usual_strides(like(input, slice(weight, out_channels, x.size(1), groups)));
     const auto bias_of_x = b ? std::optional<Tensor>(like(input, *b)) : std::nullopt;
     y = like(x, at::conv2d(input, w, bias_of_x, stride, padding, dilation, groups)).contiguous(format);

@@ -31,6 +31,20 @@ weight, bias = torch.randn(12, 3, 1, 1).to({dtype}), torch.randn(12).to({dtype})
 for _ in range(20):
     torch.nn.functional.conv2d(x, weight, {bias}, (2, 4), (1, 3), (1, 3), 4)
 """
+# One column of outputs with a stride, of groups of one input and two output channels.
+ONE_COLUMN = """
+import torch
+torch.manual_seed(0)
+x, weight = (
+    torch.randn(size).bfloat16().to(memory_format=torch.channels_last) for size in ((2, 8, 5, 4), (16, 1, 3, 3))
+)
+exact = torch.nn.functional.conv2d(x.double(), weight.double(), None, (1, 2), (1, 0), 1, 8)
+for _ in range(100):
+    before = [torch.full((2**i,), torch.nan) for i in range(4, 18)]
+    del before
+    found = torch.nn.functional.conv2d(x, weight, None, (1, 2), (1, 0), 1, 8)
+    assert (found.double() - exact).abs().max() < 0.1
+"""
 # In a process of its own: the same kernels may also write beyond their memory.
 COLUMN = """
 import torch
@@ -68,6 +82,11 @@ def test_torch_leaves_memory_uninitialised_in_weight_gradients():
     expect_failure(COLUMN)
 
 
+@with_bfloat16_instructions
+def test_torch_adds_what_was_in_memory_to_one_column():
+    expect_failure(ONE_COLUMN)
+
+
 def test_torch_trusts_the_stride_of_one_image():
     x, dy, weight, exact = one_image_of_a_batch()
     geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 2, [False, True, False])
@@ -98,6 +117,23 @@ def test_a_kernel_of_one_row():
     arguments = (x, weight, None, 16, [1, 1], [0, 0], [1, 1], 2)
     for convolve in (torch.ops.gradaug.slim_conv2d, slim_conv2d_reference):
         torch.testing.assert_close(convolve(*arguments).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "padding"), [(2, 1), (4, 0), (4, 1)])
+def test_one_column_of_outputs(width, padding):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (
+        torch.randn(size, generator=generator).bfloat16().contiguous(memory_format=NHWC)
+        for size in ((2, 8, 5, width), (16, 1, 3, 3 + 2 * (padding and width == 4)))
+    )
+    geometry = ([1, 2], [1, padding], [1, 1], 8)
+    exact = F.conv2d(x.double(), weight.double(), None, *geometry)
+    assert exact.shape[3] == 1
+    for _ in range(20):
+        before = [torch.full((2**i,), torch.nan) for i in range(4, 18)]
+        del before
+        y = torch.ops.gradaug.slim_conv2d(x, weight, None, 16, *geometry)
+        torch.testing.assert_close(y, exact.to(y.dtype))
 
 
 def narrow_weight_gradient():
