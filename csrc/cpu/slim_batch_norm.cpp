@@ -7,7 +7,7 @@
 // Both: one pass for the moments (or the gradient's sums), one that applies the per-channel coefficients. A thread
 // takes the same part of the activation in both, and in the second begins with what it read last in the first: that is
 // still in its cache. Sums are cut by the sizes alone and added in order, so that results do not depend on the number
-// of threads. The loops themselves are in norm/rows_and_planes.h.
+// of threads. The loops themselves are in norm/rows.h.
 #include "slim_batch_norm.h"
 
 #include <ATen/Dispatch.h>

@@ -15,7 +15,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
-#include "cpu/norm/rows_and_planes.h"
+#include "cpu/norm/rows.h"
 
 namespace gradaug::batch_norm {
 namespace {

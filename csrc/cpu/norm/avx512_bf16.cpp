@@ -16,7 +16,7 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #endif
 
-#include "cpu/norm/rows_and_planes.h"
+#include "cpu/norm/rows.h"
 #include "cpu/simd/norm_avx512.h"
 
 namespace gradaug::batch_norm {

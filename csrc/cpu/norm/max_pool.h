@@ -1,12 +1,12 @@
 // The loops of max pooling over the channels of a pixel, written once for any vector type S
-// (simd/norm_vectors.h). Included by norm/rows_and_planes.h alone.
+// (simd/portable.h). Included by norm/rows.h alone.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
 
-#include "cpu/simd/norm_vectors.h"
+#include "cpu/simd/portable.h"
 
 namespace gradaug::batch_norm {
 namespace {

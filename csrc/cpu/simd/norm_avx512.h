@@ -1,10 +1,10 @@
-// Vectors of AVX-512 (F, BW, DQ, VL) for norm/rows_and_planes.h. kRounds: AVX512_BF16 rounds to bfloat16.
+// Vectors of AVX-512 (F, BW, DQ, VL) for norm/rows.h. kRounds: AVX512_BF16 rounds to bfloat16.
 // Included only in translation units that are compiled for that instruction set.
 #pragma once
 
 #include <immintrin.h>
 
-#include "cpu/simd/norm_vectors.h"
+#include "cpu/simd/portable.h"
 
 namespace gradaug::batch_norm {
 namespace {

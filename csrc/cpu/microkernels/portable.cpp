@@ -1,5 +1,5 @@
 // The kernels of norm/table.h for any processor.
-#include "cpu/norm/rows_and_planes.h"
+#include "cpu/norm/rows.h"
 
 namespace gradaug::batch_norm {
 

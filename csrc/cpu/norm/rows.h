@@ -1,10 +1,10 @@
-// The kernels of norm/table.h, written once for any vector type S (simd/norm_vectors.h).
+// The kernels of norm/table.h, written once for any vector type S (simd/portable.h).
 // Included only in translation units that are compiled for one instruction set.
 #pragma once
 
 #include "cpu/norm/max_pool.h"
 #include "cpu/norm/table.h"
-#include "cpu/simd/norm_vectors.h"
+#include "cpu/simd/portable.h"
 #include "slim_batch_norm.h"
 
 namespace gradaug::batch_norm {

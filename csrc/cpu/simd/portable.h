@@ -1,4 +1,4 @@
-// Vectors for norm/rows_and_planes.h: two of them hold the values of consecutive channels in A (float; double
+// Vectors for norm/rows.h: two of them hold the values of consecutive channels in A (float; double
 // for double), one or two hold the elements in memory. Written in the compilers' vector extensions, so that it serves
 // every architecture; what an instruction set does better, its translation unit overrides in a derived class. Included
 // only in translation units that are compiled for one instruction set.
