@@ -16,7 +16,7 @@
 
 #include "cpu/microkernels/depthwise.h"
 #include "cpu/microkernels/gemm.h"
-#include "cpu/simd/avx2.h"  // after it: uses GRADAUG_UNROLL
+#include "cpu/simd/avx2.h"
 
 const gradaug::cpu::Kernels* gradaug::cpu::avx2_kernels() { return &Impl<Avx2>::table; }
 const gradaug::cpu::DepthwiseKernels* gradaug::cpu::avx2_depthwise_kernels() { return &DepthwiseImpl<Avx2>::table; }

@@ -19,7 +19,7 @@
 
 #include "cpu/microkernels/depthwise.h"
 #include "cpu/microkernels/gemm.h"
-#include "cpu/simd/avx512.h"  // after it: uses GRADAUG_UNROLL
+#include "cpu/simd/avx512.h"
 
 const gradaug::cpu::Kernels* gradaug::cpu::avx512_kernels() { return &Impl<Avx512<false>>::table; }
 const gradaug::cpu::DepthwiseKernels* gradaug::cpu::avx512_depthwise_kernels() {

@@ -20,7 +20,7 @@
 
 #include "cpu/microkernels/depthwise.h"
 #include "cpu/microkernels/gemm.h"
-#include "cpu/simd/avx512.h"  // after it: uses GRADAUG_UNROLL
+#include "cpu/simd/avx512.h"
 
 const gradaug::cpu::Kernels* gradaug::cpu::avx512_bf16_kernels() { return &Impl<Avx512<true>>::table; }
 const gradaug::cpu::DepthwiseKernels* gradaug::cpu::avx512_bf16_depthwise_kernels() {

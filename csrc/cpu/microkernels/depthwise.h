@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "cpu/microkernels/depthwise_table.h"
-#include "cpu/microkernels/gemm.h"  // GRADAUG_UNROLL
+#include "cpu/simd/unroll.h"
 
 namespace gradaug::cpu {
 namespace {

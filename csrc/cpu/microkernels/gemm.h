@@ -6,15 +6,8 @@
 #include <utility>
 
 #include "cpu/microkernels/table.h"
-
-// Accumulators stay in registers only where every index into them is a constant.
-#if defined(__clang__)
-#define GRADAUG_UNROLL _Pragma("unroll")
-#else
-#define GRADAUG_UNROLL _Pragma("GCC unroll 36")
-#endif
-
 #include "cpu/microkernels/winograd.h"
+#include "cpu/simd/unroll.h"
 
 namespace gradaug::cpu {
 namespace {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/microkernels/table.h"
+#include "cpu/simd/unroll.h"
 
 namespace gradaug::cpu {
 namespace {

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "cpu/simd/portable.h"
+#include "cpu/simd/unroll.h"
 
 namespace gradaug::batch_norm {
 namespace {

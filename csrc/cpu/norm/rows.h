@@ -5,6 +5,7 @@
 #include "cpu/norm/max_pool.h"
 #include "cpu/norm/table.h"
 #include "cpu/simd/portable.h"
+#include "cpu/simd/unroll.h"
 #include "slim_batch_norm.h"
 
 namespace gradaug::batch_norm {

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "cpu/microkernels/table.h"
+#include "cpu/simd/unroll.h"
 
 namespace gradaug::cpu {
 namespace {

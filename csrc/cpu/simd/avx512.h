@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cpu/microkernels/table.h"
+#include "cpu/simd/unroll.h"
 
 namespace gradaug::cpu {
 namespace {

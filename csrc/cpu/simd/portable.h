@@ -11,13 +11,9 @@
 #include <utility>
 
 #include "cpu/norm/table.h"
+#include "cpu/simd/unroll.h"
 #include "slim_batch_norm.h"
 
-#if defined(__clang__)
-#define GRADAUG_UNROLL _Pragma("unroll")
-#else
-#define GRADAUG_UNROLL _Pragma("GCC unroll 16")
-#endif
 #define GRADAUG_INLINED __attribute__((always_inline))  // of a lambda
 
 namespace gradaug::batch_norm {
