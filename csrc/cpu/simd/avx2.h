@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "cpu/microkernels/table.h"
+#include "cpu/simd/bfloat16.h"
 #include "cpu/simd/unroll.h"
 
 namespace gradaug::cpu {
@@ -111,14 +112,9 @@ struct Avx2 {
   }
 
  private:
-  // Round to nearest even; a NaN stays a quiet NaN.
   static __m128i to_bf16(V v) {
-    const __m256i bits = _mm256_castps_si256(v);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    const V nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
-    const __m256i high = _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(_mm256_srli_epi32(rounded, 16)),
-                                                              _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc0)), nan));
+    typedef uint32_t Bits __attribute__((vector_size(32)));
+    const auto high = (__m256i)(rounded_to_bfloat16<Bits>(v) >> 16);
     const __m256i packed = _mm256_packus_epi32(high, high);
     return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
   }

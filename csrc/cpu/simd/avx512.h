@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cpu/microkernels/table.h"
+#include "cpu/simd/bfloat16.h"
 #include "cpu/simd/unroll.h"
 
 namespace gradaug::cpu {
@@ -193,13 +194,8 @@ struct Avx512 {
     if constexpr (kPairs) {
       return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
     } else {
-      // Round to nearest even; a NaN stays a quiet NaN.
-      const __m512i bits = _mm512_castps_si512(v);
-      const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-      const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-      const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-      return _mm512_cvtepi32_epi16(
-          _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0)));
+      typedef uint32_t Bits __attribute__((vector_size(64)));
+      return _mm512_cvtepi32_epi16((__m512i)(rounded_to_bfloat16<Bits>(v) >> 16));
     }
   }
 };

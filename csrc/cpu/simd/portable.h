@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "cpu/norm/table.h"
+#include "cpu/simd/bfloat16.h"
 #include "cpu/simd/unroll.h"
 #include "slim_batch_norm.h"
 
@@ -105,7 +106,8 @@ struct Vectors {
     if constexpr (sizeof(T) == sizeof(A)) {
       return {(Bits)w.v[0], (Bits)w.v[1]};
     } else if constexpr (interleaved) {
-      return {(rounded(w.v[0]) >> 16) | (rounded(w.v[1]) & 0xffff0000u)};
+      const Bits even = cpu::rounded_to_bfloat16<Bits>(w.v[0]), odd = cpu::rounded_to_bfloat16<Bits>(w.v[1]);
+      return {(even >> 16) | (odd & 0xffff0000u)};
     } else {
       A in[width];
       T out[width];
@@ -183,12 +185,6 @@ struct Vectors {
     if (bytes & 8) __builtin_memcpy(t, f, 8), t += 8, f += 8;
     if (bytes & 4) __builtin_memcpy(t, f, 4), t += 4, f += 4;
     if (bytes & 2) __builtin_memcpy(t, f, 2);
-  }
-
-  // Rounded to nearest even in the upper half; a NaN becomes a quiet NaN.
-  static GRADAUG_INLINE Bits rounded(V v) {
-    const Bits bits = (Bits)v;
-    return v == v ? bits + 0x7fffu + ((bits >> 16) & 1u) : Bits{} + 0x7fc00000u;
   }
 
   template <size_t... i>
