@@ -12,7 +12,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -20,30 +19,25 @@
 #include <cstdint>
 #include <initializer_list>
 #include <memory>
-#include <string>
 #include <tuple>
 #include <vector>
 
 #include "cpu/norm/table.h"
+#include "cpu/simd/isa.h"
 #include "slim_batch_norm_binding.h"
 
 namespace gradaug::batch_norm {
 
-// The best that the machine has and torch uses (ATEN_CPU_CAPABILITY=default|avx2|avx512 lowers it).
+// The best that the processor has.
 template <typename T>
 const Kernels<T>& select_kernels() {
 #if defined(__x86_64__)
-  static const Kernels<T>& chosen = []() -> const Kernels<T>& {
-    const std::string name = at::get_cpu_capability();
-    if (name == "AVX512") {
-      return __builtin_cpu_supports("avx512bf16") ? Avx512Bf16Kernels::get<T>() : Avx512Kernels::get<T>();
-    }
-    return name == "AVX2" ? Avx2Kernels::get<T>() : BaselineKernels::get<T>();
-  }();
-  return chosen;
-#else
-  return BaselineKernels::get<T>();
+  const cpu::Processor& has = cpu::processor();
+  if (has.avx512_bf16) return Avx512Bf16Kernels::get<T>();
+  if (has.avx512) return Avx512Kernels::get<T>();
+  if (has.avx2) return Avx2Kernels::get<T>();
 #endif
+  return BaselineKernels::get<T>();
 }
 
 template const Kernels<float>& select_kernels();
