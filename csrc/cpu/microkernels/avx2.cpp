@@ -14,12 +14,11 @@
 #pragma GCC target("avx2,fma,f16c,prfchw")
 #endif
 
-#include "cpu/microkernels/depthwise.h"
-#include "cpu/microkernels/gemm.h"
+#include "cpu/microkernels/instantiate.h"
 #include "cpu/simd/avx2.h"
 
-const gradaug::cpu::Kernels* gradaug::cpu::avx2_kernels() { return &Impl<Avx2>::table; }
-const gradaug::cpu::DepthwiseKernels* gradaug::cpu::avx2_depthwise_kernels() { return &DepthwiseImpl<Avx2>::table; }
+const gradaug::cpu::Kernels* gradaug::cpu::avx2_kernels() { return &gemm_table<Avx2>; }
+const gradaug::cpu::DepthwiseKernels* gradaug::cpu::avx2_depthwise_kernels() { return &Depthwise<Avx2>::table; }
 
 #if defined(__clang__)
 #pragma clang attribute pop

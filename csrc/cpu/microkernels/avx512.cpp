@@ -17,13 +17,12 @@
 #pragma GCC target("avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512dq,avx512vl")
 #endif
 
-#include "cpu/microkernels/depthwise.h"
-#include "cpu/microkernels/gemm.h"
+#include "cpu/microkernels/instantiate.h"
 #include "cpu/simd/avx512.h"
 
-const gradaug::cpu::Kernels* gradaug::cpu::avx512_kernels() { return &Impl<Avx512<false>>::table; }
+const gradaug::cpu::Kernels* gradaug::cpu::avx512_kernels() { return &gemm_table<Avx512<false>>; }
 const gradaug::cpu::DepthwiseKernels* gradaug::cpu::avx512_depthwise_kernels() {
-  return &DepthwiseImpl<Avx512<false>>::table;
+  return &Depthwise<Avx512<false>>::table;
 }
 
 #if defined(__clang__)

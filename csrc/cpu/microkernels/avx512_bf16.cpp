@@ -18,13 +18,12 @@
 #pragma GCC target("avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #endif
 
-#include "cpu/microkernels/depthwise.h"
-#include "cpu/microkernels/gemm.h"
+#include "cpu/microkernels/instantiate.h"
 #include "cpu/simd/avx512.h"
 
-const gradaug::cpu::Kernels* gradaug::cpu::avx512_bf16_kernels() { return &Impl<Avx512<true>>::table; }
+const gradaug::cpu::Kernels* gradaug::cpu::avx512_bf16_kernels() { return &gemm_table<Avx512<true>>; }
 const gradaug::cpu::DepthwiseKernels* gradaug::cpu::avx512_bf16_depthwise_kernels() {
-  return &DepthwiseImpl<Avx512<true>>::table;
+  return &Depthwise<Avx512<true>>::table;
 }
 
 #if defined(__clang__)

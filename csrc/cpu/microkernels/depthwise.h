@@ -1,8 +1,9 @@
-// The kernels of microkernels/depthwise_table.h, written once for any vector type S (simd/).
-// Included only in translation units that are compiled for one instruction set.
+// Depthwise convolutions and those in small groups, for any vector type S (simd/). One call of a tile reads columns of
+// float32 pixels once for each run of taps, keeps the sums of its pixels (or of its taps, for the weight gradient) in
+// registers, and writes (or adds) them once.
 #pragma once
 
-#include <array>
+#include <cstddef>
 #include <utility>
 
 #include "cpu/microkernels/depthwise_table.h"
@@ -24,7 +25,7 @@ struct Rotations {
 };
 
 template <class S>
-struct DepthwiseImpl {
+struct Depthwise {
   using V = typename S::V;
 
   // PyTorch multiplies pairs of bfloat16 in groups of 8, and fills its registers in groups of 16, which is faster.
@@ -343,7 +344,14 @@ struct DepthwiseImpl {
     }
   }
 
-  static constexpr DepthwiseKernels table = {S::lanes, max_group, row, outer, load, rotate};
+  static constexpr DepthwiseKernels table = {
+      .lanes = S::lanes,
+      .max_group = max_group,
+      .row = row,
+      .outer = outer,
+      .load = load,
+      .rotate = rotate,
+  };
 };
 
 }  // namespace

@@ -1,5 +1,5 @@
-// The transforms of conv/winograd.cpp, written once for any vector type S (simd/) and tile F.
-// Included by microkernels/gemm.h alone.
+// The transforms of conv/winograd.cpp, for any vector type S (simd/) and tile F. One call reads a tile of every channel
+// (or one weight) once, keeps a vector of channels of all its places in registers, and writes each place once.
 #pragma once
 
 #include "cpu/microkernels/table.h"
@@ -203,7 +203,15 @@ struct Winograd {
     }
   }
 
-  static constexpr WinogradKernels table = {m, n, input_tile, gradient_tile, weight, output_tile, add_weight_grad};
+  static constexpr WinogradKernels table = {
+      .outputs = m,
+      .inputs = n,
+      .input_tile = input_tile,
+      .gradient_tile = gradient_tile,
+      .weight = weight,
+      .output_tile = output_tile,
+      .add_weight_grad = add_weight_grad,
+  };
 };
 
 }  // namespace
