@@ -30,7 +30,7 @@ namespace gradaug::batch_norm {
 
 // The best that the processor has.
 template <typename T>
-const Kernels<T>& select_kernels() {
+const NormKernels<T>& norm_kernels() {
 #if defined(__x86_64__)
   const cpu::Processor& has = cpu::processor();
   if (has.avx512_bf16) return Avx512Bf16Kernels::get<T>();
@@ -40,10 +40,10 @@ const Kernels<T>& select_kernels() {
   return BaselineKernels::get<T>();
 }
 
-template const Kernels<float>& select_kernels();
-template const Kernels<double>& select_kernels();
-template const Kernels<c10::BFloat16>& select_kernels();
-template const Kernels<c10::Half>& select_kernels();
+template const NormKernels<float>& norm_kernels();
+template const NormKernels<double>& norm_kernels();
+template const NormKernels<c10::BFloat16>& norm_kernels();
+template const NormKernels<c10::Half>& norm_kernels();
 
 namespace {
 
@@ -246,7 +246,7 @@ struct Coefficients {
 template <typename T>
 void moments_of(const Tensor& x, const Layout& layout, const Sizes& size, std::vector<double>& mean,
                 std::vector<double>& var) {
-  const Kernels<T>& kernel = select_kernels<T>();
+  const NormKernels<T>& kernel = norm_kernels<T>();
   if (layout.rows) {
     const RowTasks tasks(size, kernel.width);
     const Rows<const T> rows = size.rows_of<T>(x);
@@ -287,7 +287,7 @@ void moments_of(const Tensor& x, const Layout& layout, const Sizes& size, std::v
 template <typename T>
 void normalise_all(const Tensor& x, const Tensor& residual, const Tensor& y, bool relu, const Layout& layout,
                    const Sizes& size, Coefficients<Acc<T>>& coefficients) {
-  const Kernels<T>& kernel = select_kernels<T>();
+  const NormKernels<T>& kernel = norm_kernels<T>();
   if (layout.rows) {
     coefficients.repeat(3);
     const RowsForward<T> rows{size.rows_of<T>(x), size.rows_of<T>(residual), size.mutable_rows_of<T>(y),
@@ -312,7 +312,7 @@ void normalise_all(const Tensor& x, const Tensor& residual, const Tensor& y, boo
 // Sums of every channel: sum(dz), sum(dz * (x - center)).
 template <typename T>
 void gradient_sums(const RowsBackward<T>& rows, const Sizes& size, std::vector<double>& dz, std::vector<double>& dz_x) {
-  const Kernels<T>& kernel = select_kernels<T>();
+  const NormKernels<T>& kernel = norm_kernels<T>();
   const RowTasks tasks(size, kernel.width);
   PartialSums sums(size, tasks.parts);
   const auto add = [&](int64_t part, int64_t row, int64_t end, int64_t col, int64_t cols, Acc<T>* scratch) {
@@ -331,7 +331,7 @@ void gradient_sums(const PlanesBackward<T>& planes, const Sizes& size, std::vect
   const int64_t parts = plane_parts(size);
   std::vector<GradientSums> partial(parts * size.c);  // [parts, C]
   for_channels(size, parts, [&](int64_t part, int64_t n, int64_t n_end, int64_t c, int64_t c_end) {
-    select_kernels<T>().plane_gradient_sums(planes, n, n_end, c, c_end, size.s, &partial[part * size.c + c]);
+    norm_kernels<T>().plane_gradient_sums(planes, n, n_end, c, c_end, size.s, &partial[part * size.c + c]);
   });
   for (int64_t i = 0; i < parts * size.c; ++i) {
     dz[i % size.c] += partial[i].dz;
@@ -341,7 +341,7 @@ void gradient_sums(const PlanesBackward<T>& planes, const Sizes& size, std::vect
 
 template <typename T>
 void input_gradients(const RowsBackward<T>& rows, const Sizes& size) {
-  const Kernels<T>& kernel = select_kernels<T>();
+  const NormKernels<T>& kernel = norm_kernels<T>();
   const auto apply = [&](int64_t, int64_t row, int64_t end, int64_t col, int64_t cols, Acc<T>* scratch) {
     kernel.row_input_gradients(rows.from_column(col), row, end, cols, scratch);
   };
@@ -351,7 +351,7 @@ void input_gradients(const RowsBackward<T>& rows, const Sizes& size) {
 template <typename T>
 void input_gradients(const PlanesBackward<T>& planes, const Sizes& size) {
   for_channels(size, plane_parts(size), [&](int64_t, int64_t n, int64_t n_end, int64_t c, int64_t c_end) {
-    select_kernels<T>().plane_input_gradients(planes, n, n_end, c, c_end, size.s);
+    norm_kernels<T>().plane_input_gradients(planes, n, n_end, c, c_end, size.s);
   });
 }
 
@@ -373,7 +373,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<
                               biases = parameter_values(bias, channels, 0);
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "slim_batch_norm", [&] {
       using A = Acc<scalar_t>;
-      const Sizes size(x, select_kernels<scalar_t>().width, {&x_read, &residual_read});
+      const Sizes size(x, norm_kernels<scalar_t>().width, {&x_read, &residual_read});
       if (!given_mean) moments_of<scalar_t>(x_read, layout, size, mean, var);
       Coefficients<A> coefficients(size, 3);
       for (int64_t c = 0; c < channels; ++c) {
@@ -404,7 +404,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
     const std::vector<double> weights = parameter_values(weight, channels, 1);
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "slim_batch_norm_backward", [&] {
       using A = Acc<scalar_t>;
-      const Sizes size(x, select_kernels<scalar_t>().width, {&dy_read, &x_read, &y_read});
+      const Sizes size(x, norm_kernels<scalar_t>().width, {&dy_read, &x_read, &y_read});
       Coefficients<A> coefficients(size, 4);
       const auto run = [&](auto activation, auto dz_again) {  // RowsBackward or PlanesBackward
         activation.center = coefficients[0], activation.scale = coefficients[1];

@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> slim_max_pool2d(const Tensor& x, IntArrayRef kernel, 
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "slim_max_pool2d", [&] {
     const scalar_t* from = input.const_data_ptr<scalar_t>();
     scalar_t* to = y.mutable_data_ptr<scalar_t>();
-    const auto& kernels = gradaug::batch_norm::select_kernels<scalar_t>();
+    const auto& kernels = gradaug::batch_norm::norm_kernels<scalar_t>();
     uint8_t* where = offset.mutable_data_ptr<uint8_t>();
     at::parallel_for(0, size[0] * h.outputs, std::max<int64_t>(1, kGrain / std::max<int64_t>(row, 1)),
                      [&](int64_t begin, int64_t end) {
@@ -99,7 +99,7 @@ Tensor slim_max_pool2d_backward(const Tensor& dy, const std::optional<Tensor>& y
     const scalar_t* value = y ? maximum.const_data_ptr<scalar_t>() : nullptr;
     const uint8_t* where = position.const_data_ptr<uint8_t>();
     scalar_t* to = dx.mutable_data_ptr<scalar_t>();
-    const auto& kernels = gradaug::batch_norm::select_kernels<scalar_t>();
+    const auto& kernels = gradaug::batch_norm::norm_kernels<scalar_t>();
     at::parallel_for(0, input_size[0] * h.inputs, std::max<int64_t>(1, kGrain / std::max<int64_t>(row, 1)),
                      [&](int64_t begin, int64_t end) {
                        std::vector<const scalar_t*> gradients(kernel[0] * kernel[1]), values(gradients.size());

@@ -1,16 +1,16 @@
 // The kernels of norm/table.h for any processor.
-#include "cpu/norm/rows.h"
+#include "cpu/norm/instantiate.h"
 
 namespace gradaug::batch_norm {
 
 template <typename T>
-const Kernels<T>& BaselineKernels::get() {
-  return Table<Vectors<T, 16>>::kernels;
+const NormKernels<T>& BaselineKernels::get() {
+  return norm_table<Vectors<T, 16>>;
 }
 
-template const Kernels<float>& BaselineKernels::get();
-template const Kernels<double>& BaselineKernels::get();
-template const Kernels<c10::BFloat16>& BaselineKernels::get();
-template const Kernels<c10::Half>& BaselineKernels::get();
+template const NormKernels<float>& BaselineKernels::get();
+template const NormKernels<double>& BaselineKernels::get();
+template const NormKernels<c10::BFloat16>& BaselineKernels::get();
+template const NormKernels<c10::Half>& BaselineKernels::get();
 
 }  // namespace gradaug::batch_norm

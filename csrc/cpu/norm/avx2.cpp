@@ -15,7 +15,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
-#include "cpu/norm/rows.h"
+#include "cpu/norm/instantiate.h"
 
 namespace gradaug::batch_norm {
 namespace {
@@ -38,14 +38,14 @@ struct Avx2<c10::Half> : Vectors<c10::Half, 32> {
 }  // namespace
 
 template <typename T>
-const Kernels<T>& Avx2Kernels::get() {
-  return Table<Avx2<T>>::kernels;
+const NormKernels<T>& Avx2Kernels::get() {
+  return norm_table<Avx2<T>>;
 }
 
-template const Kernels<float>& Avx2Kernels::get();
-template const Kernels<double>& Avx2Kernels::get();
-template const Kernels<c10::BFloat16>& Avx2Kernels::get();
-template const Kernels<c10::Half>& Avx2Kernels::get();
+template const NormKernels<float>& Avx2Kernels::get();
+template const NormKernels<double>& Avx2Kernels::get();
+template const NormKernels<c10::BFloat16>& Avx2Kernels::get();
+template const NormKernels<c10::Half>& Avx2Kernels::get();
 
 }  // namespace gradaug::batch_norm
 

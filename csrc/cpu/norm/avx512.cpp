@@ -16,20 +16,20 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #endif
 
-#include "cpu/norm/rows.h"
+#include "cpu/norm/instantiate.h"
 #include "cpu/simd/norm_avx512.h"
 
 namespace gradaug::batch_norm {
 
 template <typename T>
-const Kernels<T>& Avx512Kernels::get() {
-  return Table<Avx512<T, false>>::kernels;
+const NormKernels<T>& Avx512Kernels::get() {
+  return norm_table<Avx512<T, false>>;
 }
 
-template const Kernels<float>& Avx512Kernels::get();
-template const Kernels<double>& Avx512Kernels::get();
-template const Kernels<c10::BFloat16>& Avx512Kernels::get();
-template const Kernels<c10::Half>& Avx512Kernels::get();
+template const NormKernels<float>& Avx512Kernels::get();
+template const NormKernels<double>& Avx512Kernels::get();
+template const NormKernels<c10::BFloat16>& Avx512Kernels::get();
+template const NormKernels<c10::Half>& Avx512Kernels::get();
 
 }  // namespace gradaug::batch_norm
 

@@ -16,20 +16,20 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #endif
 
-#include "cpu/norm/rows.h"
+#include "cpu/norm/instantiate.h"
 #include "cpu/simd/norm_avx512.h"
 
 namespace gradaug::batch_norm {
 
 template <typename T>
-const Kernels<T>& Avx512Bf16Kernels::get() {
-  return Table<Avx512<T, true>>::kernels;
+const NormKernels<T>& Avx512Bf16Kernels::get() {
+  return norm_table<Avx512<T, true>>;
 }
 
-template const Kernels<float>& Avx512Bf16Kernels::get();
-template const Kernels<double>& Avx512Bf16Kernels::get();
-template const Kernels<c10::BFloat16>& Avx512Bf16Kernels::get();
-template const Kernels<c10::Half>& Avx512Bf16Kernels::get();
+template const NormKernels<float>& Avx512Bf16Kernels::get();
+template const NormKernels<double>& Avx512Bf16Kernels::get();
+template const NormKernels<c10::BFloat16>& Avx512Bf16Kernels::get();
+template const NormKernels<c10::Half>& Avx512Bf16Kernels::get();
 
 }  // namespace gradaug::batch_norm
 

@@ -1,11 +1,13 @@
-// The loops of max pooling over the channels of a pixel, written once for any vector type S
-// (simd/portable.h). Included by norm/rows.h alone.
+// The loops of max pooling over the channels of a pixel (norm/table.h) for any S: the elements of an instruction set,
+// simd/. One call reads the pixels of a window (or the windows of a pixel) once, keeps one vector of channels, and
+// writes each result once.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
 
+#include "cpu/norm/table.h"
 #include "cpu/simd/portable.h"
 #include "cpu/simd/unroll.h"
 

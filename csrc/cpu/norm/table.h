@@ -87,7 +87,7 @@ inline int64_t scratch_size(int64_t cols, int64_t width) { return 4 * (cols + wi
 
 // Arrays that have an element for every column must have room for `width` of them.
 template <typename T>
-struct Kernels {
+struct NormKernels {
   using A = Acc<T>;
 
   int width;  // elements of a vector step
@@ -124,24 +124,24 @@ struct Kernels {
 
 // Those of this processor (and ATEN_CPU_CAPABILITY).
 template <typename T>
-const Kernels<T>& select_kernels();
+const NormKernels<T>& norm_kernels();
 
 // One for each instruction set; those of another architecture are missing.
 struct BaselineKernels {
   template <typename T>
-  static const Kernels<T>& get();
+  static const NormKernels<T>& get();
 };
 struct Avx2Kernels {
   template <typename T>
-  static const Kernels<T>& get();
+  static const NormKernels<T>& get();
 };
 struct Avx512Kernels {
   template <typename T>
-  static const Kernels<T>& get();
+  static const NormKernels<T>& get();
 };
 struct Avx512Bf16Kernels {
   template <typename T>
-  static const Kernels<T>& get();
+  static const NormKernels<T>& get();
 };
 
 }  // namespace gradaug::batch_norm
