@@ -23,28 +23,9 @@
 #include <vector>
 
 #include "cpu/norm/table.h"
-#include "cpu/simd/isa.h"
 #include "slim_batch_norm_binding.h"
 
 namespace gradaug::batch_norm {
-
-// The best that the processor has.
-template <typename T>
-const NormKernels<T>& norm_kernels() {
-#if defined(__x86_64__)
-  const cpu::Processor& has = cpu::processor();
-  if (has.avx512_bf16) return Avx512Bf16Kernels::get<T>();
-  if (has.avx512) return Avx512Kernels::get<T>();
-  if (has.avx2) return Avx2Kernels::get<T>();
-#endif
-  return BaselineKernels::get<T>();
-}
-
-template const NormKernels<float>& norm_kernels();
-template const NormKernels<double>& norm_kernels();
-template const NormKernels<c10::BFloat16>& norm_kernels();
-template const NormKernels<c10::Half>& norm_kernels();
-
 namespace {
 
 constexpr int64_t kGrain = 16384;  // elements that are worth a thread

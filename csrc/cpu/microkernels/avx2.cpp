@@ -1,30 +1,24 @@
-// The kernels of microkernels/table.h and microkernels/depthwise_table.h for AVX2 (with FMA and F16C).
-#include "cpu/microkernels/depthwise_table.h"
-#include "cpu/microkernels/table.h"
+// The kernels for AVX2, with FMA and F16C.
+#include "cpu/microkernels/kernel_tables.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include "cpu/simd/target.h"
 
-#include <array>
-#include <utility>
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,prfchw"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma,f16c,prfchw")
-#endif
+GRADAUG_TARGET_BEGIN("avx2,fma,f16c,prfchw")
 
 #include "cpu/microkernels/instantiate.h"
+#include "cpu/norm/instantiate.h"
 #include "cpu/simd/avx2.h"
 
-const gradaug::cpu::Kernels* gradaug::cpu::avx2_kernels() { return &gemm_table<Avx2>; }
-const gradaug::cpu::DepthwiseKernels* gradaug::cpu::avx2_depthwise_kernels() { return &Depthwise<Avx2>::table; }
+namespace gradaug::cpu {
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
+constinit const KernelTables avx2_kernels = {
+    .gemm = &gemm_table<Avx2>,
+    .depthwise = &Depthwise<Avx2>::table,
+    .norm = batch_norm::norm_tables<batch_norm::Avx2Elements>,
+};
 
-#else
-const gradaug::cpu::Kernels* gradaug::cpu::avx2_kernels() { return nullptr; }
-const gradaug::cpu::DepthwiseKernels* gradaug::cpu::avx2_depthwise_kernels() { return nullptr; }
+}  // namespace gradaug::cpu
+
+GRADAUG_TARGET_END
 #endif

@@ -1,36 +1,24 @@
-// The kernels of microkernels/table.h and microkernels/depthwise_table.h for AVX-512 with AVX512_BF16.
-#include "cpu/microkernels/depthwise_table.h"
-#include "cpu/microkernels/table.h"
+// The kernels for AVX-512 with AVX512_BF16. Only bfloat16 is served: other types have nothing to gain.
+#include "cpu/microkernels/kernel_tables.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include "cpu/simd/target.h"
 
-#include <array>
-#include <utility>
-
-#if defined(__clang__)
-#pragma clang attribute push(                                                                      \
-    __attribute__((target("avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
-    apply_to = function)
-#else
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarms in gcc 12's own intrinsics
-#pragma GCC diagnostic ignored "-Wuninitialized"        // likewise
-#pragma GCC target("avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
-#endif
+GRADAUG_TARGET_BEGIN("avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 
 #include "cpu/microkernels/instantiate.h"
+#include "cpu/norm/instantiate.h"
 #include "cpu/simd/avx512.h"
 
-const gradaug::cpu::Kernels* gradaug::cpu::avx512_bf16_kernels() { return &gemm_table<Avx512<true>>; }
-const gradaug::cpu::DepthwiseKernels* gradaug::cpu::avx512_bf16_depthwise_kernels() {
-  return &Depthwise<Avx512<true>>::table;
-}
+namespace gradaug::cpu {
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
+constinit const KernelTables avx512_bf16_kernels = {
+    .gemm = &gemm_table<Avx512<true>>,
+    .depthwise = &Depthwise<Avx512<true>>::table,
+    .norm = {.bf16 = &batch_norm::norm_table<batch_norm::Avx512Bf16Elements>},
+};
 
-#else
-const gradaug::cpu::Kernels* gradaug::cpu::avx512_bf16_kernels() { return nullptr; }
-const gradaug::cpu::DepthwiseKernels* gradaug::cpu::avx512_bf16_depthwise_kernels() { return nullptr; }
+}  // namespace gradaug::cpu
+
+GRADAUG_TARGET_END
 #endif

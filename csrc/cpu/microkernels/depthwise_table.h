@@ -61,9 +61,4 @@ struct DepthwiseKernels {
 // The best kernels this processor (and ATEN_CPU_CAPABILITY) allows for a dtype; null where there are none.
 const DepthwiseKernels* select_depthwise_kernels(Dtype dtype);
 
-// One per instruction set; null in a build for another architecture.
-const DepthwiseKernels* avx2_depthwise_kernels();
-const DepthwiseKernels* avx512_depthwise_kernels();
-const DepthwiseKernels* avx512_bf16_depthwise_kernels();
-
 }  // namespace gradaug::cpu

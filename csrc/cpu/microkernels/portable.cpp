@@ -1,16 +1,10 @@
-// The kernels of norm/table.h for any processor.
+// The kernels for any processor: of batch norm. Convolutions are PyTorch's there.
 #include "cpu/norm/instantiate.h"
 
-namespace gradaug::batch_norm {
+namespace gradaug::cpu {
 
-template <typename T>
-const NormKernels<T>& BaselineKernels::get() {
-  return norm_table<Vectors<T, 16>>;
-}
+constinit const KernelTables portable_kernels = {
+    .norm = batch_norm::norm_tables<batch_norm::PortableElements>,
+};
 
-template const NormKernels<float>& BaselineKernels::get();
-template const NormKernels<double>& BaselineKernels::get();
-template const NormKernels<c10::BFloat16>& BaselineKernels::get();
-template const NormKernels<c10::Half>& BaselineKernels::get();
-
-}  // namespace gradaug::batch_norm
+}  // namespace gradaug::cpu

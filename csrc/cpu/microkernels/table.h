@@ -92,9 +92,4 @@ struct Kernels {
 // The best kernels this processor (and ATEN_CPU_CAPABILITY) allows for a dtype; null where PyTorch's own are better.
 const Kernels* select_kernels(Dtype dtype);
 
-// One per instruction set; null in a build for another architecture.
-const Kernels* avx2_kernels();
-const Kernels* avx512_kernels();
-const Kernels* avx512_bf16_kernels();
-
 }  // namespace gradaug::cpu

@@ -1,11 +1,11 @@
-// The kernels of batch norm and max pooling, compiled for the vectors S of an instruction set: what its translation
+// The kernels of batch norm and max pooling, compiled for the elements S of an instruction set: what its translation
 // unit includes.
 #pragma once
 
+#include "cpu/microkernels/kernel_tables.h"
 #include "cpu/norm/max_pool.h"
 #include "cpu/norm/planes.h"
 #include "cpu/norm/rows.h"
-#include "cpu/norm/table.h"
 
 namespace gradaug::batch_norm {
 namespace {
@@ -24,6 +24,15 @@ constexpr NormKernels<typename S::T> norm_table = {
     .plane_input_gradients = PlaneVariants<S>::input_gradients,
     .largest = largest<S>,
     .sum_of_windows = sum_of_windows<S>,
+};
+
+// Of a set that serves every type.
+template <template <typename> class Elements>
+constexpr cpu::NormTables norm_tables = {
+    .f64 = &norm_table<Elements<double>>,
+    .f32 = &norm_table<Elements<float>>,
+    .bf16 = &norm_table<Elements<c10::BFloat16>>,
+    .f16 = &norm_table<Elements<c10::Half>>,
 };
 
 }  // namespace

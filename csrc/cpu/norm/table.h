@@ -122,26 +122,8 @@ struct NormKernels {
                          int64_t windows, int64_t channels, T* dx);
 };
 
-// Those of this processor (and ATEN_CPU_CAPABILITY).
+// Those that serve T in this process (microkernels/kernel_tables.cpp).
 template <typename T>
 const NormKernels<T>& norm_kernels();
-
-// One for each instruction set; those of another architecture are missing.
-struct BaselineKernels {
-  template <typename T>
-  static const NormKernels<T>& get();
-};
-struct Avx2Kernels {
-  template <typename T>
-  static const NormKernels<T>& get();
-};
-struct Avx512Kernels {
-  template <typename T>
-  static const NormKernels<T>& get();
-};
-struct Avx512Bf16Kernels {
-  template <typename T>
-  static const NormKernels<T>& get();
-};
 
 }  // namespace gradaug::batch_norm

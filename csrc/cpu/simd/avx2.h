@@ -1,5 +1,5 @@
-// Vectors of AVX2 (with FMA and F16C), for microkernels/gemm.h and microkernels/depthwise.h. bfloat16 and float16
-// become float32 on the way in. Included only in translation units that are compiled for that instruction set.
+// Vectors of AVX2, with FMA and F16C: of units for the convolutions, of elements for batch norm.
+// Included only in translation units that are compiled for that instruction set.
 #pragma once
 
 #include <immintrin.h>
@@ -9,11 +9,13 @@
 
 #include "cpu/microkernels/table.h"
 #include "cpu/simd/bfloat16.h"
+#include "cpu/simd/portable.h"
 #include "cpu/simd/unroll.h"
 
 namespace gradaug::cpu {
 namespace {
 
+// Units for convolutions: bfloat16 and float16 become float32 on the way in.
 struct Avx2 {
   using V = __m256;
   static constexpr int lanes = 8;
@@ -122,3 +124,24 @@ struct Avx2 {
 
 }  // namespace
 }  // namespace gradaug::cpu
+
+namespace gradaug::batch_norm {
+namespace {
+
+template <typename T>
+struct Avx2Elements : Elements<T, 32> {};
+
+template <>
+struct Avx2Elements<c10::Half> : Elements<c10::Half, 32> {
+  static GRADAUG_INLINE Wide widen(Raw raw) {
+    const __m256i halves = (__m256i)raw.bits[0];
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
+  }
+  static GRADAUG_INLINE Raw narrow(Wide w) {
+    constexpr int to_nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {(Bits)_mm256_set_m128i(_mm256_cvtps_ph(w.v[1], to_nearest), _mm256_cvtps_ph(w.v[0], to_nearest))};
+  }
+};
+
+}  // namespace
+}  // namespace gradaug::batch_norm

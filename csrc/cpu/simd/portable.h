@@ -1,7 +1,7 @@
-// Vectors for norm/rows.h: two of them hold the values of consecutive channels in A (float; double
-// for double), one or two hold the elements in memory. Written in the compilers' vector extensions, so that it serves
-// every architecture; what an instruction set does better, its translation unit overrides in a derived class. Included
-// only in translation units that are compiled for one instruction set.
+// Elements for norm/: two vectors hold the values of consecutive channels in A (float; double for double), one or two
+// hold them in memory. Written in the compilers' vector extensions, so that it serves every architecture; what an
+// instruction set does better, its header overrides in a derived class. Included only in translation units that are
+// compiled for one instruction set.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -21,7 +21,7 @@ namespace gradaug::batch_norm {
 namespace {
 
 template <typename Element, int kBytes>
-struct Vectors {
+struct Elements {
   using T = Element;
   using A = Acc<T>;
   typedef A V __attribute__((vector_size(kBytes)));
@@ -197,6 +197,9 @@ struct Vectors {
             __builtin_shufflevector(w.v[0], w.v[1], (i % 2 * lanes + (lanes + i) / 2)...)};
   }
 };
+
+template <typename T>
+using PortableElements = Elements<T, 16>;
 
 }  // namespace
 }  // namespace gradaug::batch_norm
