@@ -23,7 +23,7 @@
 #include <type_traits>
 
 #include "cuda/launch.cuh"
-#include "cuda/mma.cuh"
+#include "cuda/conv/mma_sm80.cuh"
 
 namespace gradaug::conv {
 
