@@ -1,5 +1,5 @@
 // How a kernel is launched and how it gets dynamic shared memory. Without nvcc, the same kernels run on the CPU:
-// tests/host_shim/include gives these macros, and CUDA's keywords, their meaning there.
+// tests/kernels_gpu/host_shim/include gives these macros, and CUDA's keywords, their meaning there.
 #pragma once
 
 #ifdef __CUDACC__

@@ -1,9 +1,7 @@
 // Convolution with the first channels of a full-width weight, on CUDA without Triton: forward, input gradient, weight
-// gradient. Formulas, shapes and memory formats: gradaug_kernels/ops/slim_conv2d.py. Kernels: slim_conv2d.cuh.
+// gradient. Formulas, shapes and memory formats: gradaug_kernels/ops/slim_conv2d.py. Kernels: conv/paths.cuh.
 //
 // The operators are private, slim_conv2d*_cuda_cpp: Python chooses which backend serves the public ones on CUDA.
-#include "cuda/slim_conv2d.cuh"
-
 #include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cuda/CUDAContext.h>
@@ -15,6 +13,7 @@
 #include <initializer_list>
 
 #include "checks.h"
+#include "cuda/conv/paths.cuh"
 
 namespace {
 
@@ -45,8 +44,6 @@ void with_type(at::ScalarType dtype, const char* name, F f) {
       TORCH_CHECK_TYPE(false, name, " must be float16, bfloat16, float32 or float64, got ", dtype);
   }
 }
-
-bool allow_tf32() { return at::globalContext().allowTF32CuDNN(at::Float32Op::CONV); }
 
 // The kernels count in 32 bits.
 void check_countable(const char* what, std::initializer_list<int64_t> sizes, int64_t most = INT32_MAX) {
@@ -84,17 +81,18 @@ Filter<T> filter_of(const Tensor& t) {  // [O, I, KH, KW]
   return {strides.data, strides.n, strides.h, strides.w, strides.c};
 }
 
-// The tensor itself where its channels are contiguous or the path does not need that, otherwise an NHWC copy.
-Tensor readable(const Tensor& t, Path path) {
+// The tensor itself where its channels are contiguous or the kernel does not need that, otherwise an NHWC copy.
+template <typename T>
+Tensor readable(const Tensor& t, const Kernel<T>& kernel) {
   const bool contiguous_channels = t.size(1) == 1 || t.stride(1) == 1;
-  return needs_nhwc(path) && !contiguous_channels ? t.contiguous(at::MemoryFormat::ChannelsLast) : t;
+  return kernel.contiguous_channels && !contiguous_channels ? t.contiguous(at::MemoryFormat::ChannelsLast) : t;
 }
 
-int multiprocessors() { return at::cuda::getCurrentDeviceProperties()->multiProcessorCount; }
-
 template <typename T>
-Path path_of(const Shape& shape) {
-  return choose_path<T>(shape, std::is_same_v<T, float> && allow_tf32());
+Device current_device() {
+  const cudaDeviceProp& device = *at::cuda::getCurrentDeviceProperties();
+  const bool allow_tf32 = std::is_same_v<T, float> && at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);
+  return {10 * device.major + device.minor, device.multiProcessorCount, allow_tf32};
 }
 
 Tensor slim_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_channels,
@@ -107,14 +105,17 @@ Tensor slim_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Te
   if (y.numel() == 0) return y;
   with_type(x.scalar_type(), "x", [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
-    const Path path = path_of<T>(shape);
-    const Tensor image = readable(x, path);
-    const Tensor filter = readable(weight.narrow(0, 0, out_channels).narrow(1, 0, shape.in_channels), path);
+    const Device device = current_device<T>();
+    Conv<T> conv{shape, image_of<T>(x), image_of<T>(y)};
+    const Kernel<T>& kernel = choose_kernel<T, Pass::kForward>(conv, device);
+    const Tensor image = readable(x, kernel);
+    const Tensor filter = readable(weight.narrow(0, 0, out_channels).narrow(1, 0, shape.in_channels), kernel);
     const Tensor shift = bias ? bias->contiguous() : Tensor();
-    Conv<T> conv{shape, image_of<T>(image), image_of<T>(y), filter_of<T>(filter)};
+    conv.x = image_of<T>(image);
+    conv.w = filter_of<T>(filter);
     conv.bias = bias ? static_cast<const T*>(shift.data_ptr()) : nullptr;
     prepare(conv);
-    launch_image<T, Pass::kForward>(conv, path, multiprocessors(), c10::cuda::getCurrentCUDAStream());
+    kernel.launch(conv, device, c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return y;
@@ -129,12 +130,15 @@ Tensor slim_conv2d_input_grad(const Tensor& dy, const Tensor& weight, IntArrayRe
   if (dx.numel() == 0) return dx;
   with_type(dy.scalar_type(), "dy", [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
-    const Path path = path_of<T>(shape);
-    const Tensor image = readable(dy, path);
-    const Tensor filter = readable(weight.narrow(0, 0, dy.size(1)).narrow(1, 0, shape.in_channels), path);
-    Conv<T> conv{shape, image_of<T>(dx), image_of<T>(image), filter_of<T>(filter)};
+    const Device device = current_device<T>();
+    Conv<T> conv{shape, image_of<T>(dx), image_of<T>(dy)};
+    const Kernel<T>& kernel = choose_kernel<T, Pass::kInputGrad>(conv, device);
+    const Tensor image = readable(dy, kernel);
+    const Tensor filter = readable(weight.narrow(0, 0, dy.size(1)).narrow(1, 0, shape.in_channels), kernel);
+    conv.y = image_of<T>(image);
+    conv.w = filter_of<T>(filter);
     prepare(conv);
-    launch_image<T, Pass::kInputGrad>(conv, path, multiprocessors(), c10::cuda::getCurrentCUDAStream());
+    kernel.launch(conv, device, c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return dx;
@@ -148,17 +152,23 @@ void slim_conv2d_weight_grad_(const Tensor& dy, const Tensor& x, Tensor dweight,
   if (dy.numel() == 0) return;
   with_type(x.scalar_type(), "x", [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
-    const Path path = path_of<T>(shape);
-    const Tensor image = readable(x, path), gradient = readable(dy, path);
-    Conv<T> conv{shape, image_of<T>(image), image_of<T>(gradient)};
+    const Device device = current_device<T>();
+    Conv<T> conv{shape, image_of<T>(x), image_of<T>(dy)};
+    const Kernel<T>& kernel = choose_kernel<T, Pass::kWeightGrad>(conv, device);
+    const Tensor image = readable(x, kernel), gradient = readable(dy, kernel);
+    conv.x = image_of<T>(image);
+    conv.y = image_of<T>(gradient);
     prepare(conv);
-    conv.splits = weight_grad_splits(conv, path, multiprocessors());
+    conv.splits = weight_grad_splits(conv, kernel.blocks(conv), device);
     const auto dtype = std::is_same_v<T, double> ? at::kDouble : at::kFloat;
     const Tensor partial = at::empty({weight_grad_workspace(conv)}, x.options().dtype(dtype));
     conv.partial = static_cast<Sum<T>*>(partial.data_ptr());
+    const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+    kernel.launch(conv, device, stream);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
     with_type(dweight.scalar_type(), "dweight", [&](auto* null_gradient) {
       using D = std::remove_pointer_t<decltype(null_gradient)>;
-      launch_weight_grad(conv, filter_of<D>(dweight), path, multiprocessors(), c10::cuda::getCurrentCUDAStream());
+      launch_accumulate(conv, filter_of<D>(dweight), stream);
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     });
   });

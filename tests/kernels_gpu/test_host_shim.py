@@ -141,11 +141,13 @@ class ConvJob:
     tf32: bool = False
     buffer: torch.dtype | None = None  # dtype of the buffer that takes the weight gradient; None is that of x
     multiprocessors: int = 4  # few ask for large tiles, many for more splits of the weight gradient
+    architecture: int = 80
 
     @property
     def on_tensor_cores(self) -> bool:
         groups, group_size = self.case.groups, min(self.case.channels) // self.case.groups
-        return (self.dtype in (HALF, BFLOAT) or self.tf32) and (groups == 1 or group_size >= 16)
+        multiplied = self.architecture >= 80 and (self.dtype in (HALF, BFLOAT) or self.tf32)
+        return multiplied and (groups == 1 or group_size >= 16)
 
 
 def conv_jobs() -> list[ConvJob]:
@@ -179,6 +181,7 @@ def conv_jobs() -> list[ConvJob]:
         ),
         ConvJob(ConvCase("splits", 2, (16, 17), (3, 5)), buffer=SINGLE, multiprocessors=8),
         ConvJob(ConvCase("2 groups of 17 channels", 1, (3, 4), (34, 34), groups=2, bias=True)),
+        ConvJob(ConvCase("before tensor cores", 2, (4, 5), (5, 7), bias=True), architecture=75),
         ConvJob(ConvCase("depthwise, rows of 16 bytes", 1, (4, 5), (72, 72), groups=72, wider=(0, 8), bias=True)),
         ConvJob(ConvCase("depthwise, odd channels, rows of 16 bytes", 1, (4, 5), (13, 13), groups=13, x_layout="wide")),
     ]
@@ -234,7 +237,7 @@ def conv_request(job: ConvJob, which: str):
         result = w_buffer = Buffer.of(own.to(job.buffer or job.dtype), own.stride())
     groups = job.case.groups
     integers = [
-        *(DTYPES[job.dtype], DTYPES[job.buffer or job.dtype], job.tf32, job.multiprocessors),
+        *(DTYPES[job.dtype], DTYPES[job.buffer or job.dtype], job.tf32, job.multiprocessors, job.architecture),
         *(x.shape[0], *x.shape[2:], *dy.shape[2:], x.shape[1] // groups, dy.shape[1] // groups, groups),
         *(*own.shape[2:], *job.case.stride, *job.case.padding, *job.case.dilation),
     ]
@@ -242,15 +245,27 @@ def conv_request(job: ConvJob, which: str):
         n, c, h, w = (stride if size > 1 else 0 for size, stride in zip(buffer.shape, buffer.strides, strict=True))
         integers += [buffer.offset, n, h, w, c if buffer.shape[1] > 1 else 1]
     storages = [x_buffer.storage, y_buffer.storage, w_buffer.storage]
-    return (which, integers, [], [*storages, None if bias is None else bias.clone()]), result
+    storages += [None if bias is None else bias.clone(), torch.zeros(32, dtype=torch.uint8)]
+    return (which, integers, [], storages), result
 
 
 RUNNERS = ("run_shim", "run_slim_batch_norm", "run_slim_conv2d")
-# Text of csrc/cuda/slim_conv2d.cuh, what a planted defect makes of it, and the sanitizer that must notice.
+# A file of csrc/cuda/conv, a text in it, what a planted defect makes of it, and the sanitizer that must notice.
 PLANTS = {
-    "missing barrier": ("    __syncthreads();  // all of this step's chunks have arrived", "    // ", "tsan"),
-    "missing warp barrier": ("    __syncwarp();\n    const int tile_row", "    const int tile_row", "tsan"),
+    "missing barrier": (
+        "tensor_core_sm80.cuh",
+        "    __syncthreads();  // all of this step's chunks have arrived",
+        "    // ",
+        "tsan",
+    ),
+    "missing warp barrier": (
+        "tensor_core_sm80.cuh",
+        "    __syncwarp();\n    const int tile_row",
+        "    const int tile_row",
+        "tsan",
+    ),
     "read out of bounds": (
+        "problem.cuh",
         "  return static_cast<unsigned>(h) < static_cast<unsigned>(height) &&",
         "  return static_cast<unsigned>(h) <= static_cast<unsigned>(height) &&",
         "asan",
@@ -260,10 +275,10 @@ PLANTS = {
 
 def plant(defect: str, folder: Path) -> Path:
     """The runner of the sliced convolution, compiled from a copy of csrc with a defect."""
-    before, after, sanitizer = PLANTS[defect]
+    name, before, after, sanitizer = PLANTS[defect]
     sources = folder / defect.replace(" ", "_")
     shutil.copytree(ROOT / "csrc", sources)
-    kernels = sources / "cuda" / "slim_conv2d.cuh"
+    kernels = sources / "cuda" / "conv" / name
     text = kernels.read_text()
     assert text.count(before) == 1, f"the place to plant a {defect} in is gone: {before!r}"
     kernels.write_text(text.replace(before, after))
@@ -350,7 +365,9 @@ def test_planted_defect_is_noticed(runners, defect, tmp_path):
     request, _ = conv_request(CONV_JOBS[0], "forward")
     done = run(runners[defect], [request], tmp_path)
     assert done.returncode != 0
-    report = {"tsan": "ThreadSanitizer: data race", "asan": "AddressSanitizer: heap-buffer-overflow"}[PLANTS[defect][2]]
+    report = {"tsan": "ThreadSanitizer: data race", "asan": "AddressSanitizer: heap-buffer-overflow"}[
+        PLANTS[defect][-1]
+    ]
     assert report in done.stderr
     assert "tensor_core_kernel" in done.stderr
 
@@ -390,6 +407,38 @@ def test_slim_conv2d(conv_results, which, sanitizer):
         print(f"  {kind:9} {ours:.1e}, PyTorch's {theirs:.1e}")
 
 
+PIXELS = (4, 5)
+DENSE = ConvCase("dense", 1, PIXELS, (16, 24), wider=(8, 8))
+GROUPS = ConvCase("groups of 8", 1, PIXELS, (16, 16), groups=2)
+DEPTHWISE = ConvCase("depthwise", 1, PIXELS, (8, 8), groups=8)
+LARGE = ConvCase("depthwise 11x11", 1, PIXELS, (8, 8), (11, 11), padding=(5, 5), groups=8)
+LARGER = ConvCase("depthwise 15x15", 1, PIXELS, (8, 8), (15, 15), padding=(7, 7), groups=8)
+CHOICES = [
+    *((ConvJob(DENSE, architecture=sm), ("tensor_core_sm80",) * 3) for sm in (80, 86, 90, 120)),
+    (ConvJob(DENSE, architecture=75), ("direct",) * 3),
+    (ConvJob(DENSE, SINGLE), ("fma",) * 3),
+    (ConvJob(DENSE, SINGLE, tf32=True), ("tensor_core_sm80",) * 3),
+    (ConvJob(DENSE, SINGLE, tf32=True, architecture=75), ("fma",) * 3),
+    (ConvJob(DENSE, DOUBLE), ("fma",) * 3),
+    (ConvJob(replace(DENSE, channels=(32, 32), groups=2)), ("tensor_core_sm80",) * 3),
+    *((ConvJob(GROUPS, *kind), ("direct",) * 3) for kind in ((HALF,), (SINGLE, True), (SINGLE,), (DOUBLE,))),
+    (ConvJob(DEPTHWISE), ("depthwise", "depthwise", "direct")),
+    (ConvJob(replace(DEPTHWISE, channels=(8, 16))), ("direct",) * 3),
+    (ConvJob(LARGE), ("depthwise", "depthwise", "direct")),
+    (ConvJob(replace(LARGE, channels=(7, 7), groups=7)), ("direct",) * 3),  # rows of 14 bytes
+    (ConvJob(LARGER), ("direct",) * 3),
+]
+
+
+def test_which_kernel_is_chosen(runners, tmp_path):
+    requests = [conv_request(job, which)[0] for job, _ in CHOICES for which in PASSES]
+    done = run(runners["run_slim_conv2d", "asan"], requests, tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    chosen = [bytes(storages[4]).rstrip(b"\0").decode() for *_, storages in requests]
+    for i, (job, expected) in enumerate(CHOICES):
+        assert tuple(chosen[3 * i : 3 * i + 3]) == expected, job
+
+
 # ---- Sliced convolution, random cases
 
 
@@ -411,7 +460,7 @@ def conv_jobs_drawn(draw):
     )
     kind = draw(st.sampled_from(((HALF, None), (SINGLE, None), (HALF, SINGLE), (BFLOAT, SINGLE), (DOUBLE, None))))
     tf32 = kind[0] == SINGLE and draw(st.booleans())
-    return ConvJob(case, kind[0], tf32, kind[1], draw(st.sampled_from((1, 4, 16))))
+    return ConvJob(case, kind[0], tf32, kind[1], draw(st.sampled_from((1, 4, 16))), draw(st.sampled_from((75, 90))))
 
 
 def test_slim_conv2d_of_random_cases(request, runners, tmp_path):

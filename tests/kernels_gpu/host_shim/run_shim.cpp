@@ -5,8 +5,8 @@
 //   "shuffles"  tensors: int32 [4, 64] of xor, down, up and broadcast of the thread's index, in segments of 16 lanes
 //   "copy"      tensors: float32 [4] read before and after the wait for an asynchronous copy of the first 3 of 4 values
 //   "sum"       tensors: float32 values, one float32: their sum by blocks of 64 threads in shared memory
-#include "cuda/launch.cuh"
 #include "cuda/conv/mma_sm80.cuh"
+#include "cuda/launch.cuh"
 #include "runner.h"
 
 __global__ void convert_kernel(const float* values, __half* halves, __nv_bfloat16* bfloats, int count) {

@@ -1,18 +1,29 @@
-// The kernels of csrc/cuda/slim_conv2d.cuh on the CPU. Cases: "forward", "input_grad", "weight_grad".
+// The kernels of csrc/cuda/conv on the CPU. Cases: "forward", "input_grad", "weight_grad".
 //
 // integers  type of x, type of dweight (0 float16, 1 bfloat16, 2 float32, 3 float64), whether TF32 is allowed,
-//           multiprocessors, Shape's fields in order, then offset and strides of x [n, h, w, c], y [n, h, w, c],
-//           w [o, h, w, c] in elements
-// tensors   x, y, w (dweight for the weight gradient), bias
-#include "cuda/slim_conv2d.cuh"
+//           multiprocessors, architecture, Shape's fields in order, then offset and strides of x [n, h, w, c], y [n, h,
+//           w, c], w [o, h, w, c] in elements
+// tensors   x, y, w (dweight for the weight gradient), bias, 32 zeros for the name of the kernel that was chosen
+#include <cstring>
+
+#include "cuda/conv/paths.cuh"
 #include "runner.h"
 
 using namespace gradaug::conv;
 
+template <typename T, Pass kPass>
+const Kernel<T>& chosen_kernel(Case& c, const Conv<T>& conv, const Device& device) {
+  const Kernel<T>& kernel = choose_kernel<T, kPass>(conv, device);
+  std::strncpy(c.tensor<char>(4), kernel.name, 31);
+  return kernel;
+}
+
 template <typename T, typename D>
 void run_typed(Case& c) {
-  const bool allow_tf32 = c.integer();
-  const int multiprocessors = static_cast<int>(c.integer());
+  Device device{};
+  device.allow_tf32 = c.integer();
+  device.multiprocessors = static_cast<int>(c.integer());
+  device.architecture = static_cast<int>(c.integer());
   Conv<T> conv{};
   int* const fields[] = {
       &conv.shape.batch,    &conv.shape.in_h,        &conv.shape.in_w,         &conv.shape.out_h,
@@ -28,24 +39,22 @@ void run_typed(Case& c) {
   conv.x = image(0);
   conv.y = image(1);
   const int64_t offset = c.integer(), o = c.integer(), h = c.integer(), w = c.integer(), i = c.integer();
-  const Path path = choose_path<T>(conv.shape, allow_tf32);
   if (c.name == "weight_grad") {
-    conv.w = {nullptr, o, h, w, i};
+    const Kernel<T>& kernel = chosen_kernel<T, Pass::kWeightGrad>(c, conv, device);
     prepare(conv);
-    conv.splits = weight_grad_splits(conv, path, multiprocessors);
+    conv.splits = weight_grad_splits(conv, kernel.blocks(conv), device);
     const std::unique_ptr<Sum<T>[]> partial(new Sum<T>[weight_grad_workspace(conv)]);
     conv.partial = partial.get();
-    launch_weight_grad(conv, Filter<D>{c.tensor<D>(2) + offset, o, h, w, i}, path, multiprocessors, nullptr);
+    kernel.launch(conv, device, nullptr);
+    launch_accumulate(conv, Filter<D>{c.tensor<D>(2) + offset, o, h, w, i}, nullptr);
     return;
   }
+  const Kernel<T>& kernel = c.name == "forward" ? chosen_kernel<T, Pass::kForward>(c, conv, device)
+                                                : chosen_kernel<T, Pass::kInputGrad>(c, conv, device);
   conv.w = {c.tensor<T>(2) + offset, o, h, w, i};
   conv.bias = c.tensor<T>(3);
   prepare(conv);
-  if (c.name == "forward") {
-    launch_image<T, Pass::kForward>(conv, path, multiprocessors, nullptr);
-  } else {
-    launch_image<T, Pass::kInputGrad>(conv, path, multiprocessors, nullptr);
-  }
+  kernel.launch(conv, device, nullptr);
 }
 
 void run(Case& c) {

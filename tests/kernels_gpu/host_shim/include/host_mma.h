@@ -1,6 +1,6 @@
-// csrc/cuda/mma.cuh on the CPU, written from the PTX manual. Registers hold the same bits in the same lanes as on a
-// GPU, so a wrong fragment layout gives a wrong result. A copy that is not waited for never happens here: each one is
-// kept until copy_async_wait asks for it.
+// csrc/cuda/conv/mma_sm80.cuh on the CPU, written from the PTX manual. Registers hold the same bits in the same lanes
+// as on a GPU, so a wrong fragment layout gives a wrong result. A copy that is not waited for never happens here: each
+// one is kept until copy_async_wait asks for it.
 #pragma once
 
 #include <deque>
