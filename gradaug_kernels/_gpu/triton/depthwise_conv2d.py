@@ -14,11 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ...ops._conv import memory_format, output_size
-from ..layout import empty_nhwc, nhwc
-from .geometry import congruent_pixels
-from .launch import MULTIPROCESSORS, launch, strides, vector_width
-from .slim_conv2d import add_partials, axes
+from ..layout import empty_nhwc, memory_format, nhwc
+from .launch import MULTIPROCESSORS, axes, launch, output_size_of, strides, vector_width
+from .phases import phase_pixels
+from .slim_conv2d import add_partials
 
 # ---- forward
 
@@ -132,22 +131,18 @@ def depthwise_conv2d_input_grad_kernel(
 ):
     # One program makes a [BLOCK_M input pixels, BLOCK_C channels] tile, for pixels that agree in
     # (pixel + padding) % stride: these are reached by the same taps, and no other row of taps is visited.
-    # stride_h * stride_w such classes are grid axis 1.
+    # stride_h * stride_w such phases are grid axis 1.
     # Reads: the outputs that each tap brings to the pixels, zero outside the image, and the taps of the channels; the
     # TAPS_W taps of a row are unrolled. Keeps: the tile's float32 sums. Writes: the tile, zeros included.
     C = C * VEC
     yn, yh, yw = yn.to(tl.int64) * VEC, yh * VEC, yw * VEC
-    residue = tl.program_id(1)
-    ih0, rows, kh0, taps_h, oh0 = congruent_pixels(
-        residue // stride_w, H, KH, stride_h, padding_h, dilation_h, tap_step_h
-    )
-    iw0, columns, kw0, taps_w, ow0 = congruent_pixels(
-        residue % stride_w, W, KW, stride_w, padding_w, dilation_w, tap_step_w
-    )
+    phase = tl.program_id(1)
+    ih0, rows, kh0, taps_h, oh0 = phase_pixels(phase // stride_w, H, KH, stride_h, padding_h, dilation_h, tap_step_h)
+    iw0, columns, kw0, taps_w, ow0 = phase_pixels(phase % stride_w, W, KW, stride_w, padding_w, dilation_w, tap_step_w)
     M = N * rows * columns
     blocks_c = tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
-    if (pid // blocks_c) * BLOCK_M >= M:  # the grid is sized for the largest class
+    if (pid // blocks_c) * BLOCK_M >= M:  # the grid is sized for the largest phase
         return
     m = (pid // blocks_c) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     c = (pid % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
@@ -259,7 +254,7 @@ def _filters(weight) -> dict[str, int]:
 def depthwise_conv2d_triton(x, weight, bias, out_channels, stride, padding, dilation, groups):
     n, c, h, w = x.shape
     kh, kw = weight.shape[2:]
-    oh, ow = (output_size(x.shape[2 + a], weight.shape[2 + a], stride[a], padding[a], dilation[a]) for a in (0, 1))
+    oh, ow = output_size_of(x, weight, stride, padding, dilation)
     y = empty_nhwc(x, n, c, oh, ow)
     if y.numel() > 0:
         a = nhwc(x)

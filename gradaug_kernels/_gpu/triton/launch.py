@@ -8,6 +8,8 @@ by VEC and multiplied again in the kernel, which tells the compiler their divisi
 
 from torch import Tensor
 
+from ..layout import output_size
+
 MULTIPROCESSORS = 128  # a round figure between an A100's 108 and an H100's 132: enough programs to fill either
 
 
@@ -38,6 +40,19 @@ def strides(tensor: Tensor, vec: int, *names: str) -> dict[str, int]:
     # A dimension of size 1 may have any stride, which the kernel multiplies by 0.
     found = [tensor.stride(d) if tensor.shape[d] > 1 else 0 for d in (0, 2, 3)]
     return {name: stride // vec for name, stride in zip(names, found, strict=True)}
+
+
+def axes(stride, padding, dilation) -> dict[str, int]:
+    """stride_h, stride_w, padding_h, ..., as every convolution's kernel names them."""
+    pairs = {"stride": stride, "padding": padding, "dilation": dilation}
+    return {f"{name}_{axis}": pair[i] for name, pair in pairs.items() for i, axis in enumerate("hw")}
+
+
+def output_size_of(x: Tensor, weight: Tensor, stride, padding, dilation) -> tuple[int, int]:
+    """OH, OW."""
+    sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    oh, ow = (output_size(*axis) for axis in sizes)
+    return oh, ow
 
 
 def largest_tile(size: int, tiles: tuple[int, ...]) -> int:

@@ -24,10 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops._conv import memory_format, output_size
-from ..layout import empty_nhwc, nhwc, slice_ohwi
-from .geometry import congruent_pixels
-from .launch import MULTIPROCESSORS, largest_tile, launch, strides, vector_width
+from ..layout import empty_nhwc, memory_format, nhwc, slice_ohwi
+from .launch import MULTIPROCESSORS, axes, largest_tile, launch, output_size_of, strides, vector_width
+from .phases import phase_pixels
 
 # ---- forward
 
@@ -212,25 +211,21 @@ def slim_conv2d_input_grad_kernel(
 ):
     # One program makes a [BLOCK_M input pixels, BLOCK_N input channels] tile of one group, for pixels that agree in
     # (pixel + padding) % stride: these are reached by the same taps, and no other tap is visited. stride_h * stride_w
-    # such classes, times the groups, are grid axis 1.
+    # such phases, times the groups, are grid axis 1.
     # Reads: for each chunk of BLOCK_K output channels and each tap, the outputs that the tap brings to the pixels, zero
     # outside the image, and the weights of the tap; with MASK also the tile of x, to zero dx where the ReLU of its norm
     # did. Keeps: the tile's float32 sums. Writes: the tile, zeros included.
     C, O, x_pitch = C * VEC, O * VEC, x_pitch * VEC  # noqa: E741
     yn, yh, yw = yn.to(tl.int64) * VEC, yh * VEC, yw * VEC
     wo, wh, ww = wo * VEC, wh * VEC, ww * VEC
-    classes = stride_h * stride_w
-    group, residue = tl.program_id(1) // classes, tl.program_id(1) % classes
-    ih0, rows, kh0, taps_h, oh0 = congruent_pixels(
-        residue // stride_w, H, KH, stride_h, padding_h, dilation_h, tap_step_h
-    )
-    iw0, columns, kw0, taps_w, ow0 = congruent_pixels(
-        residue % stride_w, W, KW, stride_w, padding_w, dilation_w, tap_step_w
-    )
+    phases = stride_h * stride_w
+    group, phase = tl.program_id(1) // phases, tl.program_id(1) % phases
+    ih0, rows, kh0, taps_h, oh0 = phase_pixels(phase // stride_w, H, KH, stride_h, padding_h, dilation_h, tap_step_h)
+    iw0, columns, kw0, taps_w, ow0 = phase_pixels(phase % stride_w, W, KW, stride_w, padding_w, dilation_w, tap_step_w)
     M = N * rows * columns
     blocks_n = tl.cdiv(C, BLOCK_N)
     pid = tl.program_id(0)
-    if (pid // blocks_n) * BLOCK_M >= M:  # the grid is sized for the largest class
+    if (pid // blocks_n) * BLOCK_M >= M:  # the grid is sized for the largest phase
         return
     m = (pid // blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     c = (pid % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -258,7 +253,7 @@ def slim_conv2d_input_grad_kernel(
         ih, iw = ih0 + row * stride_h, iw0 + column * stride_w
         x_rows = x + group * C + n * (xn.to(tl.int64) * VEC) + (ih * (xh * VEC) + iw * (xw * VEC))  # [BLOCK_M]
         a = tl.load(x_rows[:, None] + c[None, :], mask=(m < M)[:, None] & (c < C)[None, :], other=0.0)
-        channels = tl.num_programs(1) // classes * C
+        channels = tl.num_programs(1) // phases * C
         z = normalised(a, m < M, coefficients, channels, group * C + c, c < C, False)
         acc = tl.where(z > 0, acc, 0.0)
     pixel = (n.to(tl.int64) * H + ih0 + row * stride_h) * W + iw0 + column * stride_w  # [BLOCK_M]
@@ -468,11 +463,6 @@ def pixel_splits(tiles: int, pixels: int, block: int) -> tuple[int, int]:
 # ---- launchers
 
 
-def axes(stride, padding, dilation) -> dict[str, int]:
-    pairs = {"stride": stride, "padding": padding, "dilation": dilation}
-    return {f"{name}_{axis}": pair[i] for name, pair in pairs.items() for i, axis in enumerate("hw")}
-
-
 class Norm(NamedTuple):
     """The batch norm and ReLU of a convolution's input, for the kernels."""
 
@@ -491,7 +481,7 @@ def forward(x, weight, bias, out_channels, stride, padding, dilation, groups, no
     """
     n, channels, h, w = x.shape
     kh, kw = weight.shape[2:]
-    oh, ow = (output_size(x.shape[2 + a], weight.shape[2 + a], stride[a], padding[a], dilation[a]) for a in (0, 1))
+    oh, ow = output_size_of(x, weight, stride, padding, dilation)
     y = empty_nhwc(x, n, out_channels, oh, ow)
     c, o = channels // groups, out_channels // groups
     moments, tile = None, 0
@@ -537,9 +527,9 @@ def input_grad(dy, weight, input_size, stride, padding, dilation, groups, x=None
         masked = dx if x is None else nhwc(x)
         vec = vector_width((a, b, dx, masked), c, o)
         precision = input_precision(dy.dtype)
-        largest_class = n * triton.cdiv(h, stride[0]) * triton.cdiv(w, stride[1])
-        blocks = forward_blocks(largest_class, c, o, vec, dy.dtype, precision)
-        tiles = triton.cdiv(largest_class, blocks["BLOCK_M"]) * triton.cdiv(c, blocks["BLOCK_N"])
+        largest_phase = n * triton.cdiv(h, stride[0]) * triton.cdiv(w, stride[1])
+        blocks = forward_blocks(largest_phase, c, o, vec, dy.dtype, precision)
+        tiles = triton.cdiv(largest_phase, blocks["BLOCK_M"]) * triton.cdiv(c, blocks["BLOCK_N"])
         with torch.cuda.device_of(dy):
             launch(
                 slim_conv2d_input_grad_kernel,

@@ -33,7 +33,8 @@ def norm_coefficients_kernel(
     HAS_BETA: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # One program makes the coefficients of BLOCK channels. Reads and writes each once.
+    # One program makes the coefficients of BLOCK channels. Reads: their statistics and parameters. Keeps: the three
+    # coefficients. Writes: each, once.
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     scale = tl.rsqrt(tl.load(var + c, mask=c < C, other=1.0) + eps)
     offset = tl.zeros((BLOCK,), tl.float32)
@@ -80,7 +81,8 @@ def channel_moments_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # One program makes the moments of BLOCK_N channels of one tile of BLOCK_M pixels. Reads the tile, keeps it.
+    # One program makes the moments of BLOCK_N channels of one tile of BLOCK_M pixels.
+    # Reads: the tile, once. Keeps: the tile. Writes: its moments of each channel.
     C, pitch = C * VEC, pitch * VEC
     tile = tl.program_id(0)
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
