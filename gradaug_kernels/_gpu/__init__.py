@@ -1,3 +1,6 @@
-"""Kernels for CUDA tensors: importing this registers them. `paths` says which of them serves a convolution."""
+"""What serves CUDA tensors from Python; importing this registers it. `paths` says which of it serves a convolution.
 
-from . import paths as paths
+The C++ kernels of csrc/cuda are not here but in the built library `_cuda`, whose name this folder cannot share.
+"""
+
+from . import operators as operators

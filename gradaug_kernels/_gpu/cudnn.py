@@ -5,8 +5,7 @@ The copy is skipped where the slice is the whole weight. ATen calls cuDNN, keeps
 
 import torch
 
-from ..ops._conv import memory_format
-from .layout import nhwc
+from .layout import memory_format, nhwc
 
 
 def _packed(weight, out_channels, in_channels):

@@ -10,8 +10,7 @@ The weight gradient is accumulated by the product itself (beta = 1) straight int
 import torch
 from torch import Tensor
 
-from ..ops._conv import memory_format
-from .layout import nhwc
+from .layout import memory_format, nhwc
 
 
 def add_product_(target: Tensor, a: Tensor, b: Tensor) -> None:
@@ -44,25 +43,25 @@ def slim_linear_weight_grad__gemm(dy, x, dweight):
 # ---- 1x1 convolution of stride 1, without padding and groups
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     return nhwc(x).permute(0, 2, 3, 1).reshape(-1, x.shape[1])  # [N * H * W, C]
 
 
-def _image(rows: Tensor, n: int, h: int, w: int) -> Tensor:
+def image_of(rows: Tensor, n: int, h: int, w: int) -> Tensor:
     return rows.view(n, h, w, rows.shape[1]).permute(0, 3, 1, 2)  # [N, C, H, W], NHWC
 
 
 def slim_conv2d_gemm(x, weight, bias, out_channels, stride, padding, dilation, groups):
     n, c, h, w = x.shape
-    y = slim_linear_gemm(_rows(x), weight[:, :c, 0, 0], bias, out_channels)
-    return _image(y, n, h, w).contiguous(memory_format=memory_format(x, weight))
+    y = slim_linear_gemm(rows_of(x), weight[:, :c, 0, 0], bias, out_channels)
+    return image_of(y, n, h, w).contiguous(memory_format=memory_format(x, weight))
 
 
 def slim_conv2d_input_grad_gemm(dy, weight, input_size, stride, padding, dilation, groups):
     n, c, h, w = input_size
-    dx = slim_linear_input_grad_gemm(_rows(dy), weight[:, :, 0, 0], c)
-    return _image(dx, n, h, w).contiguous(memory_format=memory_format(dy, weight))
+    dx = slim_linear_input_grad_gemm(rows_of(dy), weight[:, :, 0, 0], c)
+    return image_of(dx, n, h, w).contiguous(memory_format=memory_format(dy, weight))
 
 
 def slim_conv2d_weight_grad__gemm(dy, x, dweight, stride, padding, dilation, groups):
-    slim_linear_weight_grad__gemm(_rows(dy), _rows(x), dweight[:, :, 0, 0])
+    slim_linear_weight_grad__gemm(rows_of(dy), rows_of(x), dweight[:, :, 0, 0])

@@ -1,16 +1,17 @@
-"""Who serves a convolution of CUDA tensors: one rule, `path_for`, which every call goes through.
+"""Who serves a convolution of CUDA tensors: PATHS, the list of paths in order, each with its conditions.
 
     gemm         a strided matrix product by cuBLAS (gemm.py): 1x1, stride 1, no padding, no groups
     depthwise    direct Triton kernels (triton/depthwise_conv2d.py)
     triton       implicit GEMM in Triton (triton/slim_conv2d.py)
-    cpp          implicit GEMM in CUDA C++ (csrc/cuda/slim_conv2d.cu), where it was built
+    cpp          CUDA C++, where it was built; which of its kernels: csrc/cuda/conv/paths.cuh
     cudnn        cuDNN on a packed copy of the slice (cudnn.py)
 
+`path_for` is the rule that every call goes through, and `explain` is the same with the reasons. Forward, input gradient
+and weight gradient have one list; what `gradaug tune` measured can tell them apart.
+
 GRADAUG_CUDA=triton, cpp or cudnn takes that path wherever it exists (triton: with gemm and depthwise); `auto` takes
-what `gradaug tune` measured on this card for the bucket of the shape (_tuning/<card>.json), else `default_path`.
-Linear layers are gemm always. Batch norm has one CUDA kernel, in C++, which registers itself. A batch norm before or
-after a convolution (ops/slim_norm_conv2d.py) is part of the convolution's kernel on the path triton, but for exact
-float32; elsewhere the two are called one after the other.
+what `gradaug tune` measured on this card for the bucket of the shape (_tuning/<card>.json), else the first path of the
+list all of whose conditions hold.
 """
 
 import functools
@@ -18,26 +19,19 @@ import importlib
 import importlib.util
 import json
 import re
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from pathlib import Path as File
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 
-from .._library import cuda_choice, cuda_cpp_kernel, use_kernel
-from ..ops._common import check_floating, check_gradients_beside, check_same_dtype_and_device, check_written
-from ..ops._conv import output_size
-from ..ops.slim_batch_norm import check_slim_batch_norm
-from ..ops.slim_conv2d import check_sizes
-from ..ops.slim_conv2d_statistics import slim_channel_statistics_reference, slim_conv2d_statistics_reference
-from ..ops.slim_linear import check_slim_linear, check_slim_linear_input_grad, check_slim_linear_weight_grad
-from ..ops.slim_norm_conv2d import slim_norm_conv2d_backward__reference, slim_norm_conv2d_reference
+from .._library import cuda_choice, cuda_cpp_kernel
 from . import cudnn, gemm
 
 _OPS = torch.ops.gradaug
-TUNING = Path(__file__).with_name("_tuning")
+TUNING = File(__file__).with_name("_tuning")
 DIRECTIONS = ("forward", "input_grad", "weight_grad")
-_LIMIT = 2**31 - 2**16  # what a kernel may count in 32 bits, a last tile included
-_GRID_LIMIT = 2**16  # groups times residues of the stride are one axis of a grid
 
 
 class Geometry(NamedTuple):
@@ -62,10 +56,8 @@ class Geometry(NamedTuple):
     @property
     def pixels(self) -> int:
         """N * OH * OW."""
-        oh, ow = (
-            (size + 2 * self.padding[a] - self.dilation[a] * (kernel - 1) - 1) // self.stride[a] + 1
-            for a, size, kernel in ((0, self.h, self.kh), (1, self.w, self.kw))
-        )
+        oh = (self.h + 2 * self.padding[0] - self.dilation[0] * (self.kh - 1) - 1) // self.stride[0] + 1
+        ow = (self.w + 2 * self.padding[1] - self.dilation[1] * (self.kw - 1) - 1) // self.stride[1] + 1
         return self.n * oh * ow
 
     @property
@@ -78,7 +70,21 @@ class Geometry(NamedTuple):
         return self.o == self.full_o and self.c // self.groups == self.full_c
 
 
-# ---- the rule
+class Card(NamedTuple):
+    """What the rule asks of a graphics card."""
+
+    measured: Mapping[str, str] = MappingProxyType({})  # bucket -> path, by `gradaug tune`
+
+
+UNMEASURED = Card()  # any, before `gradaug tune`
+
+
+# ---- conditions
+
+
+class Condition(NamedTuple):
+    holds: Callable[[Geometry, Card], bool]
+    otherwise: str  # the reason against a path where it does not hold
 
 
 @functools.cache
@@ -86,57 +92,126 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def candidates(geometry: Geometry) -> list[str]:
-    """The paths that can do this convolution here."""
-    g = geometry
-    paths = []
-    dense_1x1 = g.kh == g.kw == g.groups == 1 and g.stride == (1, 1) and g.padding == (0, 0)
-    # cuBLAS obeys the setting for matrix products; where that for convolutions differs, it is not asked.
-    same_precision = g.dtype != torch.float32 or _tf32(torch.backends.cudnn.conv) == _tf32(torch.backends.cuda.matmul)
-    if dense_1x1 and same_precision:
-        paths.append("gemm")
-    weights = g.full_o * g.full_c * g.kh * g.kw
-    countable = max(g.pixels, g.n * g.h * g.w, g.h * g.w * g.c, g.h * g.w * g.o, weights) < _LIMIT
-    countable = countable and g.groups * g.stride[0] * g.stride[1] < _GRID_LIMIT
-    if has_triton() and g.dtype != torch.float64 and countable:
-        paths.append("depthwise" if g.depthwise else "triton")
-    if "cpp" in paths_built() and countable:
-        paths.append("cpp")
-    return [*paths, "cudnn"]
+def is_exact_float32(dtype: torch.dtype) -> bool:
+    """Whether torch's setting for convolutions keeps all digits of float32, which tensor cores cannot."""
+    return dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32"
 
 
-def default_path(geometry: Geometry, among: list[str]) -> str:
-    """The choice of `auto` for a shape that no table of this card has.
-
-    gemm and depthwise wherever they exist: no packing, and nothing planned per shape. cuDNN where it has nothing to
-    pack and its plans repeat (the whole weight), where there are too few channels for tensor cores (groups, and fewer
-    than 16: image stems), and for exact float32, which has no tensor cores. Otherwise a slice, and with random widths
-    always a new one: triton, or cpp without Triton.
-    """
-    g = geometry
-    for path in ("gemm", "depthwise"):
-        if path in among:
-            return path
-    exact = g.dtype == torch.float32 and not _tf32(torch.backends.cudnn.conv)
-    if g.whole or exact or g.groups > 1 or min(g.c, g.o) < 16:
-        return "cudnn"
-    return next(path for path in ("triton", "cpp", "cudnn") if path in among)
+def _is_dense_1x1(g: Geometry, card: Card) -> bool:
+    return g.kh == g.kw == g.groups == 1 and g.stride == (1, 1) and g.padding == (0, 0)
 
 
-def path_for(geometry: Geometry, choice: str | None = None, table: dict[str, str] | None = None) -> str:
-    """The path of a convolution.
+def _has_one_precision(g: Geometry, card: Card) -> bool:
+    """cuBLAS obeys the setting for matrix products; where that for convolutions differs, it is not asked."""
+    if g.dtype != torch.float32:
+        return True
+    conv, matmul = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    return (conv == "tf32") == (matmul == "tf32")
+
+
+def _is_countable(g: Geometry, card: Card) -> bool:
+    """By the kernels, in 32 bits, a last tile included; groups times phases of the stride are one axis of a grid."""
+    most, area = 2**31 - 2**16, g.h * g.w
+    images = area * g.n < most and area * g.c < most and area * g.o < most and g.pixels < most
+    return images and g.full_o * g.full_c * g.kh * g.kw < most and g.groups * g.stride[0] * g.stride[1] < 2**16
+
+
+DENSE_1X1 = Condition(_is_dense_1x1, "it is not 1x1 of stride 1 without padding and groups")
+ONE_PRECISION = Condition(_has_one_precision, "torch's settings of float32 differ for convolutions and matrix products")
+DEPTHWISE = Condition(lambda g, card: g.depthwise, "it is not depthwise: groups, input and output channels differ")
+NOT_DEPTHWISE = Condition(lambda g, card: not g.depthwise, "it is depthwise")
+TRITON = Condition(lambda g, card: has_triton(), "the package triton is not installed")
+BUILT = Condition(lambda g, card: "cpp" in paths_built(), "the CUDA extension was not built")
+NOT_FLOAT64 = Condition(lambda g, card: g.dtype != torch.float64, "Triton's kernels have no float64")
+COUNTABLE = Condition(_is_countable, "its sizes exceed what the kernels count in 32 bits")
+SLICE = Condition(
+    lambda g, card: not g.whole, "the slice is the whole weight: cuDNN packs nothing and its plans repeat"
+)
+TENSOR_CORES = Condition(lambda g, card: not is_exact_float32(g.dtype), "exact float32 has no tensor cores")
+UNGROUPED = Condition(lambda g, card: g.groups == 1, "groups leave tensor cores too few channels")
+CHANNELS = Condition(lambda g, card: g.c >= 16 and g.o >= 16, "fewer than 16 channels are too few for tensor cores")
+
+
+# ---- the list
+
+
+class Path(NamedTuple):
+    able: tuple[Condition, ...] = ()  # it can do the convolution here
+    preferred: tuple[Condition, ...] = ()  # `auto` asks these first, where nothing was measured
+
+
+# gemm and depthwise wherever they exist: no packing, and nothing planned per shape. Of the others cuDNN, but for a
+# slice that fills tensor cores, which with random widths is always a new one.
+_NEW_GEMM = (SLICE, UNGROUPED, CHANNELS, TENSOR_CORES)
+PATHS = {
+    "gemm": Path(able=(DENSE_1X1, ONE_PRECISION)),
+    "depthwise": Path(able=(DEPTHWISE, TRITON, NOT_FLOAT64, COUNTABLE)),
+    "triton": Path(able=(NOT_DEPTHWISE, TRITON, NOT_FLOAT64, COUNTABLE), preferred=_NEW_GEMM),
+    "cpp": Path(able=(BUILT, COUNTABLE), preferred=_NEW_GEMM),
+    "cudnn": Path(),
+}
+_ABLE = {name: path.able for name, path in PATHS.items()}
+_BY_DEFAULT = {name: path.preferred + path.able for name, path in PATHS.items()}
+# GRADAUG_CUDA -> the paths that it allows beside cudnn, which can do everything; references call cuDNN too.
+ALLOWED = {"triton": ("gemm", "depthwise", "triton"), "cpp": ("cpp",), "cudnn": (), "reference": ()}
+
+
+# ---- the rule
+
+
+def explain(geometry: Geometry, choice: str | None = None, card: Card = UNMEASURED) -> list[tuple[str, str | None]]:
+    """(path, why it is not taken) for the paths of the list up to the one that is taken, whose reason is None.
+
+    No GPU is needed: `card_of` has the card of a device, and a `Card` may be any.
 
     Args:
-        choice: a value of GRADAUG_CUDA other than "reference"; None is that of the environment.
-        table: for "auto": bucket -> path, as `gradaug tune` measured on the card.
+        choice: a value of GRADAUG_CUDA; None is that of the environment.
     """
     choice = choice or cuda_choice()
-    among = candidates(geometry)
-    if choice == "auto":
-        measured = table and table.get(bucket(geometry))
-        return measured if measured in among else default_path(geometry, among)
-    preferred = ("gemm", "depthwise", "triton") if choice == "triton" else (choice,)
-    return next((path for path in preferred if path in among), "cudnn")
+    measured = _measured(geometry, card) if choice == "auto" and card.measured else None
+    by_default = choice == "auto" and measured is None
+    found = []
+    for name, conditions in (_BY_DEFAULT if by_default else _ABLE).items():
+        reason = _unmet(conditions, geometry, card)
+        if reason is None and not by_default:
+            reason = _why_another(name, choice, measured)
+        found.append((name, reason))
+        if reason is None:
+            break
+    return found
+
+
+def path_for(geometry: Geometry, choice: str | None = None, card: Card = UNMEASURED) -> str:
+    """The path of a convolution; arguments as in `explain`."""
+    return explain(geometry, choice, card)[-1][0]
+
+
+def candidates(geometry: Geometry, card: Card = UNMEASURED) -> list[str]:
+    """The paths that can do this convolution here."""
+    return [name for name, conditions in _ABLE.items() if _unmet(conditions, geometry, card) is None]
+
+
+def _unmet(conditions: tuple[Condition, ...], geometry: Geometry, card: Card) -> str | None:
+    for holds, otherwise in conditions:
+        if not holds(geometry, card):
+            return otherwise
+    return None
+
+
+def _why_another(name: str, choice: str, measured: str | None) -> str | None:
+    """Why a path that can do the convolution is not taken: by what was measured, or else by GRADAUG_CUDA."""
+    if measured is not None:
+        return None if name == measured else f"`gradaug tune` measured {measured} to be faster on this card"
+    return None if name in (*ALLOWED[choice], "cudnn") else f"GRADAUG_CUDA={choice} does not allow it"
+
+
+def _measured(geometry: Geometry, card: Card) -> str | None:
+    """The path that the card's table has for a convolution, None if it has none that can do it here."""
+    name = card.measured.get(bucket(geometry))
+    return name if name in _ABLE and _unmet(_ABLE[name], geometry, card) is None else None
+
+
+# ---- tables
 
 
 def bucket(geometry: Geometry) -> str:
@@ -155,30 +230,27 @@ def bucket(geometry: Geometry) -> str:
     )
 
 
-def _tf32(setting) -> bool:
-    return setting.fp32_precision == "tf32"
-
-
-# ---- tables
-
-
 def card_name(device: torch.device) -> str:
     """The file name of a card's table: "nvidia-h100-80gb-hbm3"."""
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
 
 
-@functools.cache
-def table_of(device: torch.device) -> dict[str, str]:
-    """What `gradaug tune` measured on this card: bucket -> path. Empty where it did not run."""
-    path = TUNING / f"{card_name(device)}.json"
+def measured_on(name: str) -> dict[str, str]:
+    """What `gradaug tune` measured on a card: bucket -> path. Empty where it did not run."""
+    path = TUNING / f"{name}.json"
     return json.loads(path.read_text())["paths"] if path.exists() else {}
+
+
+@functools.cache
+def card_of(device: torch.device) -> Card:
+    return Card(measured_on(card_name(device)))
 
 
 # ---- kernels
 
 
 @functools.cache
-def paths_built() -> dict[str, dict[str, object]]:
+def paths_built() -> dict[str, dict[str, Callable]]:
     """path -> direction -> kernel with the operator's own signature."""
 
     def kernels(module, stem, suffix):
@@ -189,193 +261,8 @@ def paths_built() -> dict[str, dict[str, object]]:
     if has_triton():
         for path, name in (("triton", "slim_conv2d"), ("depthwise", "depthwise_conv2d")):
             paths[path] = kernels(importlib.import_module(f"gradaug_kernels._gpu.triton.{name}"), name, "triton")
-    cpp = [cuda_cpp_kernel(op) for op in _CONVOLUTIONS]
+    operators = (_OPS.slim_conv2d, _OPS.slim_conv2d_input_grad, _OPS.slim_conv2d_weight_grad_)
+    cpp = [cuda_cpp_kernel(operator.default) for operator in operators]
     if all(cpp):
         paths["cpp"] = dict(zip(DIRECTIONS, cpp, strict=True))
     return paths
-
-
-def _path(geometry: Geometry, device: torch.device) -> str:
-    return path_for(geometry, table=table_of(device) if cuda_choice() == "auto" else None)
-
-
-def _serve(geometry: Geometry, device: torch.device):
-    return paths_built()[_path(geometry, device)][geometry.direction]
-
-
-def _geometry(direction, x_size, dtype, weight, out_channels, stride, padding, dilation, groups) -> Geometry:
-    if len(x_size) != 4 or weight.dim() != 4:
-        raise ValueError(
-            "x must be [N, C, H, W] and weight [O, I / groups, KH, KW], "
-            f"got {len(x_size)} and {weight.dim()} dimensions"
-        )
-    (n, c, h, w), (full_o, full_c, kh, kw) = x_size, weight.shape
-    options = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    return Geometry(direction, dtype, n, c, h, w, out_channels, full_c, full_o, kh, kw, *options)
-
-
-@functools.lru_cache(4096)
-def _check_sizes(geometry: Geometry, dy_size: torch.Size | None) -> None:
-    """The kernels trust the sizes, and operators may be called without the functions that check them."""
-    g = geometry
-    options = (g.stride, g.padding, g.dilation)
-    check_sizes((g.n, g.c, g.h, g.w), (g.full_o, g.full_c, g.kh, g.kw), g.o, *options, g.groups)
-    if dy_size is not None:
-        size = (output_size(*axis) for axis in zip((g.h, g.w), (g.kh, g.kw), *options, strict=True))
-        expected = (g.n, g.o, *size)
-        if dy_size != expected:
-            raise ValueError(f"dy must have the shape of the output, {expected}, got {tuple(dy_size)}")
-
-
-def _check_forward(geometry, x, weight, bias) -> None:
-    check_floating("x", x)
-    check_same_dtype_and_device(x, weight=weight, bias=bias)
-    _check_sizes(geometry, None)
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] < geometry.o):
-        raise ValueError(f"bias must have at least {geometry.o} elements, got shape {tuple(bias.shape)}")
-
-
-def _check_weight_grad(geometry, dy, x, dweight) -> None:
-    check_gradients_beside(x, dy, dweight)
-    check_written("dweight", dweight, dy=dy, x=x)
-    _check_sizes(geometry, dy.shape)
-
-
-def _out_channels(dy) -> int:
-    if dy.dim() != 4:
-        raise ValueError(f"dy must be [N, out, OH, OW], got {dy.dim()} dimensions")
-    return dy.shape[1]
-
-
-def _slim_conv2d(x, weight, bias, out_channels, *options):
-    geometry = _geometry("forward", x.shape, x.dtype, weight, out_channels, *options)
-    _check_forward(geometry, x, weight, bias)
-    return _serve(geometry, x.device)(x, weight, bias, out_channels, *options)
-
-
-def _slim_conv2d_input_grad(dy, weight, input_size, *options):
-    geometry = _geometry("input_grad", input_size, dy.dtype, weight, _out_channels(dy), *options)
-    check_floating("dy", dy)
-    check_same_dtype_and_device(dy, name="dy", weight=weight)
-    _check_sizes(geometry, dy.shape)
-    return _serve(geometry, dy.device)(dy, weight, input_size, *options)
-
-
-def _slim_conv2d_weight_grad_(dy, x, dweight, *options):
-    geometry = _geometry("weight_grad", x.shape, x.dtype, dweight, _out_channels(dy), *options)
-    _check_weight_grad(geometry, dy, x, dweight)
-    _serve(geometry, x.device)(dy, x, dweight, *options)
-
-
-def _slim_linear_input_grad(dy, weight, in_features):
-    check_slim_linear_input_grad(dy, weight, in_features)
-    return gemm.slim_linear_input_grad_gemm(dy, weight, in_features)
-
-
-def _slim_linear_weight_grad_(dy, x, dweight):
-    check_slim_linear_weight_grad(dy, x, dweight)
-    check_written("dweight", dweight, dy=dy, x=x)
-    gemm.slim_linear_weight_grad__gemm(dy, x, dweight)
-
-
-def _slim_linear(x, weight, bias, out_features):
-    check_slim_linear(x, weight, bias, out_features)
-    return gemm.slim_linear_gemm(x, weight, bias, out_features)
-
-
-def _slim_conv2d_statistics(x, weight, bias, out_channels, *options):
-    geometry = _geometry("forward", x.shape, x.dtype, weight, out_channels, *options)
-    _check_forward(geometry, x, weight, bias)
-    fused = _fuses(geometry, x.device)
-    kernel = _fused().slim_conv2d_statistics_triton if fused else slim_conv2d_statistics_reference
-    return kernel(x, weight, bias, out_channels, *options)
-
-
-def _slim_norm_conv2d(x, mean, var, gamma, beta, batch_stats, relu, eps, weight, bias, out_channels, *rest):
-    *options, _ = rest
-    geometry = _geometry("forward", x.shape, x.dtype, weight, out_channels, *options)
-    _check_forward(geometry, x, weight, bias)
-    check_slim_batch_norm(x, gamma, beta, mean, var, None, relu, eps, names=("gamma", "beta"))
-    fused = _fuses(geometry, x.device)
-    kernel = _fused().slim_norm_conv2d_triton if fused else slim_norm_conv2d_reference
-    return kernel(x, mean, var, gamma, beta, batch_stats, relu, eps, weight, bias, out_channels, *rest)
-
-
-def _slim_norm_conv2d_backward_(dy, x, mean, var, gamma, beta, batch_stats, relu, eps, weight, dweight, *rest):
-    *options, needs_dx, needs_dweight = rest
-    geometry = _geometry("input_grad", x.shape, x.dtype, weight, _out_channels(dy), *options)
-    check_slim_batch_norm(x, gamma, beta, mean, var, None, relu, eps, names=("gamma", "beta"))
-    if needs_dx:
-        check_same_dtype_and_device(x, weight=weight, dy=dy)
-        _check_sizes(geometry, dy.shape)
-    if needs_dweight:
-        full = _geometry("input_grad", x.shape, x.dtype, dweight, dy.shape[1], *options)
-        _check_weight_grad(full, dy, x, dweight)
-    directions = ("input_grad", "weight_grad")
-    fused = [d for d in directions if _fuses(geometry._replace(direction=d), x.device)]
-    arguments = (dy, x, mean, var, gamma, beta, batch_stats, relu, eps, weight, dweight, *rest)
-    if not fused:
-        return slim_norm_conv2d_backward__reference(*arguments)
-    return _fused().slim_norm_conv2d_backward__triton(*arguments, fused=fused)
-
-
-def _slim_channel_statistics(x):
-    check_slim_batch_norm(x, None, None, None, None, None, False, 0.0)
-    exact = x.dtype == torch.float64  # which Triton's kernel does not sum
-    return (slim_channel_statistics_reference if exact else _fused().slim_channel_statistics_triton)(x)
-
-
-def _fuses(geometry: Geometry, device: torch.device) -> bool:
-    """Whether the convolution's kernel does the norms beside it. Exact float32 leaves it no registers for that."""
-    exact = geometry.dtype == torch.float32 and not _tf32(torch.backends.cudnn.conv)
-    return _path(geometry, device) == "triton" and not exact
-
-
-def _fused():
-    return importlib.import_module("gradaug_kernels._gpu.triton.slim_norm_conv2d")
-
-
-_CONVOLUTIONS = {
-    _OPS.slim_conv2d.default: _slim_conv2d,
-    _OPS.slim_conv2d_input_grad.default: _slim_conv2d_input_grad,
-    _OPS.slim_conv2d_weight_grad_.default: _slim_conv2d_weight_grad_,
-}
-_NORMED_CONVOLUTIONS = {
-    _OPS.slim_channel_statistics.default: _slim_channel_statistics,
-    _OPS.slim_conv2d_statistics.default: _slim_conv2d_statistics,
-    _OPS.slim_norm_conv2d.default: _slim_norm_conv2d,
-    _OPS.slim_norm_conv2d_backward_.default: _slim_norm_conv2d_backward_,
-}
-_LINEARS = {
-    _OPS.slim_linear.default: _slim_linear,
-    _OPS.slim_linear_input_grad.default: _slim_linear_input_grad,
-    _OPS.slim_linear_weight_grad_.default: _slim_linear_weight_grad_,
-}
-
-
-def register() -> None:
-    """Take over the CUDA key, as GRADAUG_CUDA says. Called once, when the package is imported.
-
-    Raises:
-        ImportError: if GRADAUG_CUDA names a kernel that is not here.
-    """
-    choice = cuda_choice()
-    if choice == "reference":
-        return
-    if choice in ("triton", "cpp") and choice not in paths_built():
-        raise ImportError(
-            f"GRADAUG_CUDA={choice} needs "
-            f"{'the package triton' if choice == 'triton' else 'the CUDA extension, which was not built'}; "
-            f"found {', '.join(paths_built())}"
-        )
-    backend = "+".join(paths_built()) if choice == "auto" else choice
-    for op, kernel in _CONVOLUTIONS.items():
-        use_kernel(op, kernel, "cuda", backend)
-    for op, kernel in _LINEARS.items():
-        use_kernel(op, kernel, "cuda", "gemm")
-    if has_triton() and choice in ("auto", "triton"):
-        for op, kernel in _NORMED_CONVOLUTIONS.items():
-            use_kernel(op, kernel, "cuda", "triton")
-
-
-register()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .._gpu.paths import DIRECTIONS, TUNING, Geometry, bucket, candidates, card_name, paths_built
+from .._gpu.paths import DIRECTIONS, TUNING, Geometry, bucket, candidates, card_name, card_of, paths_built
 from .._torchvision import torchvision_module
 from ..models.wide_resnet import wide_resnet
 from ..slim.convert import convert
@@ -111,7 +111,7 @@ def measure(geometry: Geometry, device: torch.device, repetitions: int = 15) -> 
     """
     tensors = operands(geometry, device)
     exact = call("cudnn", geometry._replace(dtype=torch.float64), *(t.double() for t in tensors))().double()
-    calls = {path: call(path, geometry, *tensors) for path in candidates(geometry)}
+    calls = {path: call(path, geometry, *tensors) for path in candidates(geometry, card_of(device))}
     errors = {path: float((run().double() - exact).abs().max()) for path, run in calls.items()}
     spare = torch.finfo(geometry.dtype).eps * float(exact.abs().max())
     calls = {path: run for path, run in calls.items() if errors[path] <= 2 * errors["cudnn"] + spare}

@@ -12,9 +12,21 @@ from support.accuracy import assert_as_accurate
 from support.cases import conv_cases, linear_cases
 from support.report import report
 
-from gradaug_kernels._gpu import gemm
+from gradaug_kernels._gpu import gemm, operators
 from gradaug_kernels._gpu import paths as gpu_paths
-from gradaug_kernels._gpu.paths import DIRECTIONS, Geometry, bucket, candidates, path_for, paths_built
+from gradaug_kernels._gpu.layout import memory_format
+from gradaug_kernels._gpu.paths import (
+    DIRECTIONS,
+    PATHS,
+    UNMEASURED,
+    Card,
+    Geometry,
+    bucket,
+    candidates,
+    explain,
+    path_for,
+    paths_built,
+)
 from gradaug_kernels.cli import tune
 from gradaug_kernels.ops import slim_conv2d as _  # noqa: F401
 
@@ -99,18 +111,60 @@ def test_precision_of_float32_decides(monkeypatch):
         conv.fp32_precision, matmul.fp32_precision = before
 
 
+# ---- the reasons
+
+
+POINTWISE = SLICE_3X3._replace(kh=1, kw=1, padding=(0, 0))
+DEPTHWISE = SLICE_3X3._replace(groups=60, full_c=1)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("geometry", "choice", "card", "expected"),
+    [
+        (POINTWISE, "auto", UNMEASURED, {"gemm": None}),
+        (SLICE_3X3, "auto", UNMEASURED, {"gemm": "not 1x1", "depthwise": "not depthwise", "triton": None}),
+        (DEPTHWISE, "auto", UNMEASURED, {"gemm": "not 1x1", "depthwise": None}),
+        (SLICE_3X3._replace(c=64, o=64), "auto", UNMEASURED, {"triton": "whole weight", "cudnn": None}),
+        (SLICE_3X3._replace(groups=4, full_c=16), "auto", UNMEASURED, {"triton": "groups leave", "cudnn": None}),
+        (SLICE_3X3._replace(c=3), "auto", UNMEASURED, {"triton": "fewer than 16 channels", "cudnn": None}),
+        (SLICE_3X3._replace(dtype=torch.float64), "auto", UNMEASURED, {"triton": "no float64"}),
+        (SLICE_3X3._replace(n=2**24), "auto", UNMEASURED, {"triton": "32 bits", "cudnn": None}),
+        (SLICE_3X3, "cudnn", UNMEASURED, {"triton": "GRADAUG_CUDA=cudnn does not allow it", "cudnn": None}),
+        (SLICE_3X3, "auto", Card(measured={bucket(SLICE_3X3): "cudnn"}), {"triton": "measured cudnn", "cudnn": None}),
+    ],
+)
+def test_reasons(geometry, choice, card, expected):
+    found = explain(geometry, choice, card)
+    assert [name for name, reason in found] == list(PATHS)[: len(found)], "the list's own order"
+    assert found[-1] == (path_for(geometry, choice, card), None)
+    reasons = dict(found)
+    assert all(reasons[name] for name in list(reasons)[:-1]), "every path that is not taken has a reason"
+    for name, part in expected.items():
+        assert reasons[name] is None if part is None else part in reasons[name]
+
+
+def test_a_path_that_is_not_built_says_so(monkeypatch):
+    monkeypatch.setattr(gpu_paths, "has_triton", lambda: False)
+    monkeypatch.setattr(gpu_paths, "paths_built", lambda: {"gemm": {}, "cudnn": {}})
+    reasons = dict(explain(SLICE_3X3, "auto"))
+    assert reasons["triton"] == "the package triton is not installed"
+    assert reasons["cpp"] == "the CUDA extension was not built"
+    assert reasons["cudnn"] is None
+
+
 # ---- tables
 
 
 @needs_triton
 def test_a_table_decides_for_its_buckets_only():
-    table = {bucket(SLICE_3X3): "cudnn", bucket(SLICE_3X3._replace(h=28, w=28)): "depthwise"}
-    assert path_for(SLICE_3X3, "auto", table) == "cudnn"
-    assert path_for(SLICE_3X3._replace(c=44), "auto", table) == "cudnn"  # the same bucket
-    assert path_for(SLICE_3X3, "triton", table) == "triton"
-    assert path_for(SLICE_3X3._replace(h=28, w=28), "auto", table) == "triton"  # it cannot take the path of the table
+    card = Card(measured={bucket(SLICE_3X3): "cudnn", bucket(SLICE_3X3._replace(h=28, w=28)): "depthwise"})
+    assert path_for(SLICE_3X3, "auto", card) == "cudnn"
+    assert path_for(SLICE_3X3._replace(c=44), "auto", card) == "cudnn"  # the same bucket
+    assert path_for(SLICE_3X3, "triton", card) == "triton"
+    assert path_for(SLICE_3X3._replace(h=28, w=28), "auto", card) == "triton"  # it cannot take the path of the table
     for change in ({"c": 59}, {"n": 16}, {"c": 130, "full_c": 256}, {"direction": "input_grad"}, {"stride": (2, 2)}):
-        assert path_for(SLICE_3X3._replace(**change), "auto", table) == "triton"
+        assert path_for(SLICE_3X3._replace(**change), "auto", card) == "triton"
 
 
 def test_tune_writes_the_table_that_auto_reads(tmp_path, monkeypatch):
@@ -130,10 +184,9 @@ def test_tune_writes_the_table_that_auto_reads(tmp_path, monkeypatch):
 
     (tmp_path / "some-card.json").write_text(json.dumps({"paths": table}))
     monkeypatch.setattr(gpu_paths, "TUNING", tmp_path)
-    monkeypatch.setattr(gpu_paths, "card_name", lambda device: "some-card")
-    assert gpu_paths.table_of.__wrapped__(device) == table
-    monkeypatch.setattr(gpu_paths, "card_name", lambda device: "another-card")
-    assert gpu_paths.table_of.__wrapped__(device) == {}
+    for name, measured in (("Some Card", table), ("another card", {})):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert gpu_paths.card_of.__wrapped__(device) == Card(measured)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -188,12 +241,12 @@ def test_one_variable_chooses():
 @pytest.mark.parametrize("name", ["1x1", "2 groups", "3x3 of the full width"])
 def test_registered_kernels_pass_their_arguments_on(monkeypatch, name):
     """What the CUDA key calls, called on CPU tensors, whose paths here (gemm, cudnn) run there too."""
-    monkeypatch.setattr(gpu_paths, "table_of", lambda device: {})
+    monkeypatch.setattr(operators, "card_of", lambda device: UNMEASURED)
     case = next(case for case in conv_cases() if case.name == name)
     x, weight, bias = case.tensors(torch.float64)
     ops = torch.ops.gradaug
     y = ops.slim_conv2d(x, weight, bias, case.out_channels, *case.geometry)
-    forward, input_grad, weight_grad = gpu_paths._CONVOLUTIONS.values()
+    forward, input_grad, weight_grad = operators.CONVOLUTIONS.values()
     torch.testing.assert_close(forward(x, weight, bias, case.out_channels, *case.geometry), y)
     dx = ops.slim_conv2d_input_grad(y, weight, x.shape, *case.geometry)
     torch.testing.assert_close(input_grad(y, weight, x.shape, *case.geometry), dx)
@@ -210,11 +263,11 @@ NORMED_CONVOLUTIONS = ("slim_channel_statistics", "slim_conv2d_statistics", "sli
 @pytest.mark.parametrize("name", ["1x1", "2 groups", "3x3 of the full width"])
 def test_norms_are_composed_on_paths_without_them(monkeypatch, name):
     """What the CUDA key calls, on CPU tensors in float64, whose paths are gemm and cudnn."""
-    monkeypatch.setattr(gpu_paths, "table_of", lambda device: {})
+    monkeypatch.setattr(operators, "card_of", lambda device: UNMEASURED)
     case = next(case for case in conv_cases() if case.name == name)
     x, weight, bias = case.tensors(torch.float64)
     gamma, beta = torch.randn(2, x.shape[1] + 3, dtype=torch.float64)
-    kernels = {op._schema.name.removeprefix("gradaug::"): k for op, k in gpu_paths._NORMED_CONVOLUTIONS.items()}
+    kernels = {op._schema.name.removeprefix("gradaug::"): k for op, k in operators.NORMED_CONVOLUTIONS.items()}
     ops, conv = torch.ops.gradaug, (weight, bias, case.out_channels, *case.geometry)
     norm = (None, None, gamma, beta, False, True, 1e-5)
     for op, arguments in zip(NORMED_CONVOLUTIONS, ((x,), (x, *conv), (x, *norm, *conv, True)), strict=True):
@@ -236,7 +289,7 @@ def test_norms_are_composed_on_paths_without_them(monkeypatch, name):
 )
 def test_norms_are_fused_where_triton_serves(monkeypatch, input_grad, weight_grad, made):
     """Each direction of SLICE_3X3 takes the kernel of its path; the norm's output is made only for the others."""
-    kernels = gpu_paths._fused()
+    kernels = operators.norm_kernels()
     called = []
 
     def record(module, name, result=None):
@@ -263,12 +316,12 @@ def test_norms_are_fused_where_triton_serves(monkeypatch, input_grad, weight_gra
     record(kernels, "weight_grad")
     record(kernels, "input_grad", lambda dy, weight, size, *a, **k: dy.new_empty(size))
     table = {"input_grad": input_grad, "weight_grad": weight_grad}
-    monkeypatch.setattr(gpu_paths, "_path", lambda geometry, device: table[geometry.direction])
-    monkeypatch.setattr(gpu_paths, "slim_norm_conv2d_backward__reference", lambda *a: called.append("slim_batch_norm"))
+    monkeypatch.setattr(operators, "path_on", lambda geometry, device: table[geometry.direction])
+    monkeypatch.setattr(operators, "slim_norm_conv2d_backward__reference", lambda *a: called.append("slim_batch_norm"))
     half = {"dtype": torch.bfloat16}
     x, weight, dy = (torch.empty(*shape, **half) for shape in ((8, 60, 14, 14), (64, 64, 3, 3), (8, 60, 14, 14)))
     norm = (torch.empty(60), torch.empty(60), None, None, True, True, 1e-5)
-    gpu_paths._slim_norm_conv2d_backward_(
+    operators.NORMED_CONVOLUTIONS[torch.ops.gradaug.slim_norm_conv2d_backward_.default](
         dy, x, *norm, weight, torch.empty_like(weight), [1, 1], [1, 1], [1, 1], 1, True, True
     )
     assert called.count("slim_batch_norm") == made
@@ -283,10 +336,15 @@ def test_norms_are_fused_where_triton_serves(monkeypatch, input_grad, weight_gra
     ("dtype", "precision", "fused"), [("bfloat16", "ieee", True), ("float32", "tf32", True), ("float32", "ieee", False)]
 )
 def test_exact_float32_is_not_fused(monkeypatch, dtype, precision, fused):
-    monkeypatch.setattr(gpu_paths, "_path", lambda geometry, device: "triton")
-    monkeypatch.setattr(gpu_paths, "_tf32", lambda setting: precision == "tf32")
+    monkeypatch.setattr(operators, "path_on", lambda geometry, device: "triton")
     geometry = SLICE_3X3._replace(dtype=getattr(torch, dtype))
-    assert gpu_paths._fuses(geometry, torch.device("cuda")) == fused
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    try:
+        conv.fp32_precision = precision
+        assert operators.fuses_norms(geometry, torch.device("cuda")) == fused
+    finally:
+        conv.fp32_precision = before
 
 
 # ---- the paths through ATen
@@ -309,7 +367,7 @@ def test_convolution_through_aten(path, case):
     y = kernels[0](x, weight, bias, case.out_channels, *case.geometry)
     torchs = torch.nn.functional.conv2d(x, w, b, *case.geometry)
     assert_as_accurate(y, torchs, exact)
-    assert y.is_contiguous(memory_format=gemm._memory_format(x, weight))
+    assert y.is_contiguous(memory_format=memory_format(x, weight))
 
     dy = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
     dx = kernels[1](dy, weight, x.shape, *case.geometry)
@@ -352,7 +410,7 @@ def test_linear_through_aten(case):
 def test_gemm_reads_rows_in_place():
     wide = torch.randn(2, 5, 6, 16).permute(0, 3, 1, 2)  # [2, 16, 5, 6], NHWC
     for x in (wide, wide[:, :9], wide[:1, 3:]):
-        rows = gemm._rows(x)
+        rows = gemm.rows_of(x)
         assert rows.data_ptr() == x.data_ptr()
         assert rows.stride() == (16, 1)
         torch.testing.assert_close(rows, x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]), rtol=0, atol=0)

@@ -200,12 +200,12 @@ def outcome(call, arguments: dict) -> str:
 
 def cuda_rules() -> dict[str, object]:
     """name -> what serves the operator on CUDA, but for the kernels, which trust what they are given."""
-    from gradaug_kernels._gpu import paths as gpu_paths
+    from gradaug_kernels._gpu import operators
 
-    gpu_paths._serve = lambda geometry, device: lambda *arguments: None
-    gpu_paths._fuses = lambda geometry, device: False
-    gpu_paths._fused = lambda: SimpleNamespace(slim_channel_statistics_triton=lambda x: None)
-    rules = gpu_paths._CONVOLUTIONS | gpu_paths._LINEARS | gpu_paths._NORMED_CONVOLUTIONS
+    operators.kernel_for = lambda geometry, device: lambda *arguments: None
+    operators.fuses_norms = lambda geometry, device: False
+    operators.norm_kernels = lambda: SimpleNamespace(slim_channel_statistics_triton=lambda x: None)
+    rules = operators.CONVOLUTIONS | operators.LINEARS | operators.NORMED_CONVOLUTIONS
     return {op._schema.name.removeprefix("gradaug::"): rule for op, rule in rules.items()}
 
 
