@@ -23,7 +23,7 @@ from ..ops.slim_norm_conv2d import (
 )
 from . import gemm
 from .layout import output_size
-from .paths import Geometry, card_of, has_triton, is_exact_float32, path_for, paths_built
+from .paths import OLDEST, Geometry, card_of, has_triton, is_exact_float32, path_for, paths_built
 
 _OPS = torch.ops.gradaug
 
@@ -154,8 +154,8 @@ def _slim_norm_conv2d_backward_(dy, x, mean, var, gamma, beta, batch_stats, relu
 
 def _slim_channel_statistics(x):
     check_slim_batch_norm(x, None, None, None, None, None, False, 0.0)
-    exact = x.dtype == torch.float64  # which Triton's kernel does not sum
-    return (slim_channel_statistics_reference if exact else norm_kernels().slim_channel_statistics_triton)(x)
+    by_triton = x.dtype != torch.float64 and card_of(x.device).capability >= OLDEST
+    return (norm_kernels().slim_channel_statistics_triton if by_triton else slim_channel_statistics_reference)(x)
 
 
 def fuses_norms(geometry: Geometry, device: torch.device) -> bool:

@@ -32,6 +32,7 @@ from . import cudnn, gemm
 _OPS = torch.ops.gradaug
 TUNING = File(__file__).with_name("_tuning")
 DIRECTIONS = ("forward", "input_grad", "weight_grad")
+OLDEST = (8, 0)  # compute capability that Triton and csrc/cuda compile for
 
 
 class Geometry(NamedTuple):
@@ -73,10 +74,11 @@ class Geometry(NamedTuple):
 class Card(NamedTuple):
     """What the rule asks of a graphics card."""
 
+    capability: tuple[int, int] = OLDEST
     measured: Mapping[str, str] = MappingProxyType({})  # bucket -> path, by `gradaug tune`
 
 
-UNMEASURED = Card()  # any, before `gradaug tune`
+UNMEASURED = Card()  # any that the kernels are for, before `gradaug tune`
 
 
 # ---- conditions
@@ -122,6 +124,7 @@ DEPTHWISE = Condition(lambda g, card: g.depthwise, "it is not depthwise: groups,
 NOT_DEPTHWISE = Condition(lambda g, card: not g.depthwise, "it is depthwise")
 TRITON = Condition(lambda g, card: has_triton(), "the package triton is not installed")
 BUILT = Condition(lambda g, card: "cpp" in paths_built(), "the CUDA extension was not built")
+SM80 = Condition(lambda g, card: card.capability >= OLDEST, "the card is older than compute capability 8.0")
 NOT_FLOAT64 = Condition(lambda g, card: g.dtype != torch.float64, "Triton's kernels have no float64")
 COUNTABLE = Condition(_is_countable, "its sizes exceed what the kernels count in 32 bits")
 SLICE = Condition(
@@ -145,9 +148,9 @@ class Path(NamedTuple):
 _NEW_GEMM = (SLICE, UNGROUPED, CHANNELS, TENSOR_CORES)
 PATHS = {
     "gemm": Path(able=(DENSE_1X1, ONE_PRECISION)),
-    "depthwise": Path(able=(DEPTHWISE, TRITON, NOT_FLOAT64, COUNTABLE)),
-    "triton": Path(able=(NOT_DEPTHWISE, TRITON, NOT_FLOAT64, COUNTABLE), preferred=_NEW_GEMM),
-    "cpp": Path(able=(BUILT, COUNTABLE), preferred=_NEW_GEMM),
+    "depthwise": Path(able=(DEPTHWISE, TRITON, SM80, NOT_FLOAT64, COUNTABLE)),
+    "triton": Path(able=(NOT_DEPTHWISE, TRITON, SM80, NOT_FLOAT64, COUNTABLE), preferred=_NEW_GEMM),
+    "cpp": Path(able=(BUILT, SM80, COUNTABLE), preferred=_NEW_GEMM),
     "cudnn": Path(),
 }
 _ABLE = {name: path.able for name, path in PATHS.items()}
@@ -243,7 +246,7 @@ def measured_on(name: str) -> dict[str, str]:
 
 @functools.cache
 def card_of(device: torch.device) -> Card:
-    return Card(measured_on(card_name(device)))
+    return Card(torch.cuda.get_device_capability(device), measured_on(card_name(device)))
 
 
 # ---- kernels

@@ -116,6 +116,7 @@ def test_precision_of_float32_decides(monkeypatch):
 
 POINTWISE = SLICE_3X3._replace(kh=1, kw=1, padding=(0, 0))
 DEPTHWISE = SLICE_3X3._replace(groups=60, full_c=1)
+OLD_CARD = Card(capability=(7, 5))
 
 
 @needs_triton
@@ -130,6 +131,8 @@ DEPTHWISE = SLICE_3X3._replace(groups=60, full_c=1)
         (SLICE_3X3._replace(c=3), "auto", UNMEASURED, {"triton": "fewer than 16 channels", "cudnn": None}),
         (SLICE_3X3._replace(dtype=torch.float64), "auto", UNMEASURED, {"triton": "no float64"}),
         (SLICE_3X3._replace(n=2**24), "auto", UNMEASURED, {"triton": "32 bits", "cudnn": None}),
+        (SLICE_3X3, "auto", OLD_CARD, {"triton": "older than compute capability 8.0", "cudnn": None}),
+        (DEPTHWISE, "triton", OLD_CARD, {"depthwise": "older than", "triton": "it is depthwise", "cudnn": None}),
         (SLICE_3X3, "cudnn", UNMEASURED, {"triton": "GRADAUG_CUDA=cudnn does not allow it", "cudnn": None}),
         (SLICE_3X3, "auto", Card(measured={bucket(SLICE_3X3): "cudnn"}), {"triton": "measured cudnn", "cudnn": None}),
     ],
@@ -184,9 +187,10 @@ def test_tune_writes_the_table_that_auto_reads(tmp_path, monkeypatch):
 
     (tmp_path / "some-card.json").write_text(json.dumps({"paths": table}))
     monkeypatch.setattr(gpu_paths, "TUNING", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for name, measured in (("Some Card", table), ("another card", {})):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert gpu_paths.card_of.__wrapped__(device) == Card(measured)
+        assert gpu_paths.card_of.__wrapped__(device) == Card((9, 0), measured)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -280,6 +284,15 @@ def test_norms_are_composed_on_paths_without_them(monkeypatch, name):
     got = kernels["slim_norm_conv2d_backward_"](y, x, *norm, weight, got_dw, *case.geometry, True, True)
     for actual, other in zip((*got, got_dw), (*expected, expected_dw), strict=True):
         torch.testing.assert_close(actual, other)
+
+
+@needs_triton
+def test_statistics_on_an_older_card_are_not_triton_s(monkeypatch):
+    monkeypatch.setattr(operators, "card_of", lambda device: OLD_CARD)
+    x = torch.randn(2, 5, 3, 4)
+    found = operators.NORMED_CONVOLUTIONS[torch.ops.gradaug.slim_channel_statistics.default](x)
+    for actual, expected in zip(found, torch.ops.gradaug.slim_channel_statistics(x), strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 @needs_triton
