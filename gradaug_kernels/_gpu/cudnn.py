@@ -5,7 +5,8 @@ The copy is skipped where the slice is the whole weight. ATen calls cuDNN, keeps
 
 import torch
 
-from .layout import memory_format, nhwc
+from ..ops._conv import memory_format
+from .layout import nhwc
 
 
 def _packed(weight, out_channels, in_channels):

@@ -10,7 +10,8 @@ The weight gradient is accumulated by the product itself (beta = 1) straight int
 import torch
 from torch import Tensor
 
-from .layout import memory_format, nhwc
+from ..ops._conv import memory_format
+from .layout import nhwc
 
 
 def add_product_(target: Tensor, a: Tensor, b: Tensor) -> None:

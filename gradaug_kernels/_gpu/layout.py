@@ -3,10 +3,6 @@
 import torch
 from torch import Tensor
 
-from ..ops.slim_conv2d import _memory_format, _output_size
-
-memory_format, output_size = _memory_format, _output_size
-
 
 def nhwc(x: Tensor) -> Tensor:
     """x itself where its channels are adjacent in memory (any pitch), else a channels_last copy."""

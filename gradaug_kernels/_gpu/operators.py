@@ -12,17 +12,13 @@ import torch
 
 from .._library import cuda_choice, use_kernel
 from ..ops._common import check_floating, check_gradients_beside, check_same_dtype_and_device, check_written
+from ..ops._conv import output_size
 from ..ops.slim_batch_norm import check_slim_batch_norm
 from ..ops.slim_conv2d import check_sizes
+from ..ops.slim_conv2d_statistics import slim_channel_statistics_reference, slim_conv2d_statistics_reference
 from ..ops.slim_linear import check_slim_linear, check_slim_linear_input_grad, check_slim_linear_weight_grad
-from ..ops.slim_norm_conv2d import (
-    slim_channel_statistics_reference,
-    slim_conv2d_statistics_reference,
-    slim_norm_conv2d_backward__reference,
-    slim_norm_conv2d_reference,
-)
+from ..ops.slim_norm_conv2d import slim_norm_conv2d_backward__reference, slim_norm_conv2d_reference
 from . import gemm
-from .layout import output_size
 from .paths import OLDEST, Geometry, card_of, has_triton, is_exact_float32, path_for, paths_built
 
 _OPS = torch.ops.gradaug

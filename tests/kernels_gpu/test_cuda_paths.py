@@ -14,7 +14,6 @@ from support.report import report
 
 from gradaug_kernels._gpu import gemm, operators
 from gradaug_kernels._gpu import paths as gpu_paths
-from gradaug_kernels._gpu.layout import memory_format
 from gradaug_kernels._gpu.paths import (
     DIRECTIONS,
     PATHS,
@@ -29,6 +28,7 @@ from gradaug_kernels._gpu.paths import (
 )
 from gradaug_kernels.cli import tune
 from gradaug_kernels.ops import slim_conv2d as _  # noqa: F401
+from gradaug_kernels.ops._conv import memory_format
 
 PAIR = (1, 1)
 SLICE_3X3 = Geometry("forward", torch.bfloat16, 8, 60, 14, 14, 60, 64, 64, 3, 3, PAIR, PAIR, PAIR, 1)

@@ -27,8 +27,8 @@ def run_case(name: str, dtype: torch.dtype, buffer_dtype: torch.dtype | None) ->
 
     The weight gradient is added to zeros, or to other values in a buffer of `buffer_dtype`.
     """
-    from gradaug_kernels._gpu.layout import memory_format
     from gradaug_kernels._gpu.paths import DIRECTIONS, paths_built
+    from gradaug_kernels.ops._conv import memory_format
 
     case = CASES[name]
     x, weight, bias = case.tensors(dtype)

@@ -27,8 +27,8 @@ TILES = ConvCase("several tiles", 3, (17, 19), (5, 70), (1, 1), padding=(0, 0))
 
 def run_case(name: str, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
     """Check one case in this process; output -> largest error of the kernels and of PyTorch in the same dtype."""
-    from gradaug_kernels._gpu.layout import memory_format
     from gradaug_kernels._gpu.triton import slim_norm_conv2d as kernels
+    from gradaug_kernels.ops._conv import memory_format
 
     if name == LARGE_MEAN:
         return check_large_mean(kernels, dtype)

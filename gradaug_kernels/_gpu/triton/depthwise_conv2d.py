@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..layout import empty_nhwc, memory_format, nhwc
+from ...ops._conv import memory_format
+from ..layout import empty_nhwc, nhwc
 from .launch import MULTIPROCESSORS, axes, launch, output_size_of, strides, vector_width
 from .phases import phase_pixels
 from .slim_conv2d import add_partials

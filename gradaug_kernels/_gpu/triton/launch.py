@@ -8,7 +8,7 @@ by VEC and multiplied again in the kernel, which tells the compiler their divisi
 
 from torch import Tensor
 
-from ..layout import output_size
+from ...ops._conv import output_size
 
 MULTIPROCESSORS = 128  # a round figure between an A100's 108 and an H100's 132: enough programs to fill either
 

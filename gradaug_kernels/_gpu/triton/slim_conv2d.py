@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import empty_nhwc, memory_format, nhwc, slice_ohwi
+from ...ops._conv import memory_format
+from ..layout import empty_nhwc, nhwc, slice_ohwi
 from .launch import MULTIPROCESSORS, axes, largest_tile, launch, output_size_of, strides, vector_width
 from .phases import phase_pixels
 
