@@ -23,6 +23,7 @@ CHECKPOINT = "checkpoint.pt"
 CONFIG = "config.toml"
 FILES = (CHECKPOINT, CONFIG, "metrics.csv", "curves.png", "summary.json")
 FORMAT = 1  # of the checkpoint
+MARKS_A_FOLDER = 0x10  # among a zip entry's external attributes
 FREE_ON_RESUME = ("data.root", "data.workers", "train.device")  # they do not change the result of a run
 
 _claimed: set[int] = set()  # descriptors of the folders that this process has claimed
@@ -163,6 +164,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("compressed entries")  # never ours: what they unpack to has no bound
+            if any(entry.external_attr & MARKS_A_FOLDER for entry in archive.infolist()):
+                raise ValueError("an entry marked as a folder")  # torch.load leaves its tensor's memory as it was
             damaged = archive.testzip()  # torch.load does not compare the checksums
             if damaged is not None:
                 raise ValueError(f"another checksum than stated for {damaged}")

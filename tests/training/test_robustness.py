@@ -162,6 +162,20 @@ def test_a_flipped_bit_is_noticed_or_changes_nothing(finished, tmp_path):
     assert noticed > 30
 
 
+def test_an_entry_marked_as_a_folder_is_noticed(finished, tmp_path):
+    """One bit of the zip's directory, and torch.load gives a tensor whatever its memory held."""
+    with zipfile.ZipFile(finished / "checkpoint.pt") as archive:
+        position, entries = archive.start_dir, len(archive.infolist())
+    raw, path = (finished / "checkpoint.pt").read_bytes(), tmp_path / "checkpoint.pt"
+    for _ in range(entries):
+        flipped = bytearray(raw)
+        flipped[position + 38] ^= 0x10
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match="damaged or none: an entry marked as a folder"):
+            read_checkpoint(path)
+        position += 46 + sum(struct.unpack_from("<HHH", raw, position + 28))  # name, extra field, comment
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("evil",)
