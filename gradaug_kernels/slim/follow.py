@@ -168,8 +168,21 @@ class _Call(NamedTuple):
         return _argument(self.func, self.args, self.kwargs, name, default)
 
     @property
+    def name(self) -> str:
+        return self.func._overloadpacket.__name__
+
+    @property
     def first(self) -> Dimensions:
         return self.operands[0][1].dimensions
+
+    @property
+    def labelled(self) -> list[Channels]:
+        """Those that went into it."""
+        return [d for _, value in self.operands for d in value.dimensions if isinstance(d, Channels)]
+
+    @property
+    def outs(self) -> list[Tensor]:
+        return [leaf for leaf in _leaves((self.out,), {}) if isinstance(leaf, Tensor)]
 
 
 _KEEP_ZERO = ("relu", "relu_", "add", "add_", "sub", "sub_", "_to_copy", "copy_")
@@ -534,9 +547,9 @@ def without_data(leaf: Any) -> Any:
     return leaf
 
 
-def _uniform_sizes(operands: list[Tensor], values: list[Value]) -> Iterator[int]:
+def _uniform_sizes(operands: list[tuple[Tensor, Value]]) -> Iterator[int]:
     """The sizes that tell how often the same value was summed up, and the like."""
-    for operand, value in zip(operands, values, strict=True):
+    for operand, value in operands:
         for size, dimension in zip(operand.shape, value.dimensions, strict=True):
             if dimension == UNIFORM:
                 yield size
@@ -657,6 +670,27 @@ class Follower(TorchDispatchMode):
         if name in ("_local_scalar_dense", "is_nonzero", "equal", "allclose"):
             return self._answer(args[0] if isinstance(args[0], Tensor) else None, name)
         leaves = _leaves(args, kwargs)
+        call = self._on_meta(func, args, kwargs, leaves)
+        outs = call.outs
+        if rule is not _creates and not name.startswith("detach"):
+            self._ask_for_gradients([tensor for tensor, _ in call.operands], outs)
+        if name in _COPIES:  # whether there is one depends on the memory format
+            for tensor in outs:
+                self._alive.append(tensor)
+                self._values[id(tensor)] = call.operands[0][1]
+            return call.out
+        noise = not call.labelled and (name in _RANDOM or any(value.is_noise for _, value in call.operands))
+        constants = self._constants(call, leaves, noise)
+        entry = (_VIEWS.get(name, func), tuple(value.origin for _, value in call.operands), constants)
+        if self.expected is not None:
+            self._compare(entry, outs, noise)
+            self._note_writes(call, outs, self.value(outs[0]).dimensions if outs else None)
+        else:
+            self._label(call, outs, entry, noise)
+        return call.out
+
+    def _on_meta(self, func, args: tuple, kwargs: dict, leaves: list) -> _Call:
+        """Call it on the meta device."""
         operands = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         values = [self.value(operand) for operand in operands]
         for value in values:
@@ -670,69 +704,59 @@ class Follower(TorchDispatchMode):
         if _takes_device(func):
             kwargs["device"] = torch.device("meta")
         sizes = [operand.shape for operand in operands]
-        alone = len(operands) == 1 and rule is _pointwise and name.endswith("_")
+        alone = len(operands) == 1 and _rule(func) is _pointwise and func._overloadpacket.__name__.endswith("_")
         out = operands[0] if alone else func(*args, **kwargs)  # in place, and the same shape, without the call
-        outs = [leaf for leaf in _leaves((out,), {}) if isinstance(leaf, Tensor)]
-        constants = () if name in _SIZED else tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
-        if name in _FILLED:
-            constants = (_argument(func, args, kwargs, "fill_value"),)
-        if rule is not _creates and not name.startswith("detach"):
-            self._ask_for_gradients(operands, outs)
-        if name in _COPIES:  # whether there is one depends on the memory format
-            for tensor in outs:
-                self._alive.append(tensor)
-                self._values[id(tensor)] = values[0]
-            return out
-        labelled = [d for value in values for d in value.dimensions if isinstance(d, Channels)]
-        noise = not labelled and (name in _RANDOM or any(value.is_noise for value in values))
-        if not noise and rule not in _WHATEVER_THE_SIZE:
-            constants += tuple(_uniform_sizes(operands, values))
-        elif noise and name in _SCALES:
-            constants = ()  # DropBlock divides by the mean of what it has drawn, over all channels
-        entry = (_VIEWS.get(name, func), tuple(value.origin for value in values), constants)
-        if self.expected is not None:
-            self._compare(entry, outs, noise)
-            self._note_writes(operands, values, outs, self.value(outs[0]).dimensions if outs else None)
-            return out
+        return _Call(self, func, args, kwargs, list(zip(operands, values, strict=True)), sizes, out)
 
-        sources = frozenset().union(*(value.sources for value in values))
-        call = _Call(self, func, args, kwargs, list(zip(operands, values, strict=True)), sizes, out)
-        if rule is None or (not operands and rule is not _creates):
-            if labelled:
-                mixed = {d.source for d in labelled}
-                self.mix(mixed, _MIXING.get(name, f"applies {name.strip('_')} to"))
-                sources |= mixed
-            dimensions = None
-        else:
-            try:
-                dimensions = rule(call)
-            except _Mixes as error:
-                mixed = {d.source for d in labelled}
-                self.mix(mixed, str(error))
-                sources |= mixed
-                dimensions = None
-        self._note_writes(operands, values, outs, dimensions)
+    def _constants(self, call: _Call, leaves: list, noise: bool) -> tuple:
+        """What of an operator but its operands must be the same in a narrow run."""
+        if noise and call.name in _SCALES:
+            return ()  # DropBlock divides by the mean of what it has drawn, over all channels
+        constants = () if call.name in _SIZED else tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
+        if call.name in _FILLED:
+            constants = (call.get("fill_value"),)
+        if not noise and _rule(call.func) not in _WHATEVER_THE_SIZE:
+            constants += tuple(_uniform_sizes(call.operands))
+        return constants
+
+    def _label(self, call: _Call, outs: list[Tensor], entry: tuple, noise: bool) -> None:
+        """Note what the results have, in the run at full width."""
+        sources = frozenset().union(*(value.sources for _, value in call.operands))
+        labelled = {d.source for d in call.labelled}
+        dimensions, mixes = self._apply_rule(call)
+        if mixes is not None:
+            self.mix(labelled, mixes)
+            sources |= labelled
+        self._note_writes(call, outs, dimensions)
         known = []
         for tensor in outs:
             fits = dimensions is not None and len(dimensions) == tensor.dim()
             known.append(dimensions if fits else (None,) * tensor.dim())
-            if not fits and dimensions is not None and labelled:
-                mixed = {d.source for d in labelled}
-                self.mix(mixed, f"applies {name.strip('_')} to")
-                sources |= mixed
+            if not fits and dimensions is not None:
+                self.mix(labelled, f"applies {call.name.strip('_')} to")
+                sources |= labelled
         for i, (tensor, found) in enumerate(zip(outs, known, strict=True)):
             self._alive.append(tensor)
             self._values[id(tensor)] = Value(found, sources, (len(self.record), i), noise)
         self._append(entry, outs, known)
-        return out
+
+    def _apply_rule(self, call: _Call) -> tuple[Dimensions | None, str | None]:
+        """The dimensions of the results, or what the operator does that is not the same for each channel."""
+        rule = _rule(call.func)
+        if rule is None or (not call.operands and rule is not _creates):
+            return None, _MIXING.get(call.name, f"applies {call.name.strip('_')} to")
+        try:
+            return rule(call), None
+        except _Mixes as error:
+            return None, str(error)
 
     def _append(self, entry, outs, known) -> None:
         if len(self.record) >= _MOST_OPERATORS:
             raise Stopped(f"runs over {_MOST_OPERATORS} operators")
         self.record.append((*entry, tuple(zip((tuple(out.shape) for out in outs), known, strict=True))))
 
-    def _note_writes(self, operands, values, outs, dimensions: Dimensions | None) -> None:
-        for operand, value in zip(operands, values, strict=True):
+    def _note_writes(self, call: _Call, outs: list[Tensor], dimensions: Dimensions | None) -> None:
+        for operand, value in call.operands:
             if any(operand is written for written in outs):
                 self._write(operand, value, dimensions)
 
