@@ -79,16 +79,9 @@ def _on_cuda(direction, dtype, conv) -> dict[str, Any]:
     choice = cuda_choice()
     if choice == "reference":
         return row | {"path": "reference", "rejected": {}}
-    measured = gpu_paths.table_of(torch.device("cuda", 0)) if torch.cuda.is_available() else {}
-    path = gpu_paths.path_for(geometry, table=measured if choice == "auto" else None)
-    why = f"GRADAUG_CUDA={choice} prefers another"
-    if choice == "auto":
-        by_table = measured.get(gpu_paths.bucket(geometry)) == path
-        why = (
-            "this card's table has another for the shape" if by_table else "the rule for untabled shapes takes another"
-        )
-    rejected = {other: why for other in gpu_paths.candidates(geometry) if other != path}
-    return row | {"path": path, "rejected": rejected}
+    card = gpu_paths.card_of(torch.device("cuda", 0)) if torch.cuda.is_available() else gpu_paths.UNMEASURED
+    *rejected, (path, _) = gpu_paths.explain(geometry, choice, card)
+    return row | {"path": path, "rejected": dict(rejected)}
 
 
 def format_convolution(rows: list[dict[str, Any]]) -> Iterator[str]:
