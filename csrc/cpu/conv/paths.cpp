@@ -11,6 +11,8 @@
 
 #include "cpu/conv/strided_rows.h"
 
+// The constants were fitted: `python -m benchmarks.fit` lists them, and fits any one again.
+
 namespace gradaug::cpu {
 namespace {
 
