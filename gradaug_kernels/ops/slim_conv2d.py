@@ -141,6 +141,12 @@ def _for_torch(x: Tensor, stride) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format) if 1 in x.shape else x  # its stride may be anything
 
 
+def _is_one_column(x: Tensor, size: tuple, stride, groups: int) -> bool:
+    """Outputs [N, out, OH, OW] that PyTorch's bfloat16 adds to what was in memory before (the same place says it)."""
+    in_pieces = x.shape[1] == groups and size[1] > groups
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and in_pieces and stride[1] > 1 and size[3] == 1
+
+
 def _weight_for_torch(w: Tensor, groups: int) -> Tensor:
     on_cpu_in_groups = w.device.type == "cpu" and groups > 1
     return w.clone(memory_format=torch.contiguous_format) if on_cpu_in_groups and 1 in w.shape[2:] else w
@@ -148,7 +154,8 @@ def _weight_for_torch(w: Tensor, groups: int) -> Tensor:
 
 def slim_conv2d_composition(x, weight, bias, out_channels, *options):
     stride, _, _, groups = options
-    image = _for_torch(x, stride)
+    size = output_shape(x.shape, weight.shape, out_channels, *options)
+    image = _for_torch(x.double() if _is_one_column(x, size, stride, groups) else x, stride)
     bias = None if bias is None else bias[:out_channels].to(image.dtype)
     w = _weight_for_torch(_slice(weight, out_channels, x.shape[1], groups).to(image.dtype), groups)
     return torch.nn.functional.conv2d(image, w, bias, *options).to(x.dtype)

@@ -119,23 +119,6 @@ def test_a_kernel_of_one_row():
         torch.testing.assert_close(convolve(*arguments).double(), exact, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("width", "padding"), [(2, 1), (4, 0), (4, 1)])
-def test_one_column_of_outputs(width, padding):
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (
-        torch.randn(size, generator=generator).bfloat16().contiguous(memory_format=NHWC)
-        for size in ((2, 8, 5, width), (16, 1, 3, 3 + 2 * (padding and width == 4)))
-    )
-    geometry = ([1, 2], [1, padding], [1, 1], 8)
-    exact = F.conv2d(x.double(), weight.double(), None, *geometry)
-    assert exact.shape[3] == 1
-    for _ in range(20):
-        before = [torch.full((2**i,), torch.nan) for i in range(4, 18)]
-        del before
-        y = torch.ops.gradaug.slim_conv2d(x, weight, None, 16, *geometry)
-        torch.testing.assert_close(y, exact.to(y.dtype))
-
-
 def narrow_weight_gradient():
     """x, dy, weight of bfloat16 on 175 x 1 pixels with stride 2, in groups that our kernels leave to PyTorch."""
     generator = torch.Generator().manual_seed(0)
@@ -159,6 +142,24 @@ WEIGHT_GRADS = {
     "reference": slim_conv2d_weight_grad__reference,
 }
 of_both = pytest.mark.parametrize("kind", FORWARDS)
+
+
+@of_both
+@pytest.mark.parametrize(("width", "padding"), [(2, 1), (4, 0), (4, 1)])
+def test_one_column_of_outputs(width, padding, kind):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (
+        torch.randn(size, generator=generator).bfloat16().contiguous(memory_format=NHWC)
+        for size in ((2, 8, 5, width), (16, 1, 3, 3 + 2 * (padding and width == 4)))
+    )
+    geometry = ([1, 2], [1, padding], [1, 1], 8)
+    exact = F.conv2d(x.double(), weight.double(), None, *geometry)
+    assert exact.shape[3] == 1
+    for _ in range(20):
+        before = [torch.full((2**i,), torch.nan) for i in range(4, 18)]
+        del before
+        y = FORWARDS[kind](x, weight, None, 16, *geometry)
+        torch.testing.assert_close(y, exact.to(y.dtype))
 
 
 @of_both
