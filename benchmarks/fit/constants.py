@@ -135,17 +135,17 @@ TABLE = {
         ("kWin", "share of the definition's time under which Winograd's estimate must be", (0.8, 0.9, 0.95, 1.0, 1.1)),
     ),
     Of("conv/paths.cpp", "dense + close", BOTH): (
-        ("kInputPlace", "estimate: one place of a tile of one channel of the inputs", (2, 3, 4, 6, 8)),
-        ("kOutputPlace", "estimate: one of the outputs", (10, 15, 20, 25, 30)),
+        ("kInputPlace", "estimate: transforming one place of a tile of inputs", (2, 3, 4, 6, 8)),
+        ("kOutputPlace", "estimate: transforming one of outputs", (10, 15, 20, 25, 30)),
     ),
     Of("conv/paths.cpp", "dense + close", WEIGHT): (
-        ("kGradientPlace", "estimate: one of either for the weight gradient", (9, 13, 18, 24, 30)),
+        ("kGradientPlace", "estimate: transforming one of either for the weight gradient", (9, 13, 18, 24, 30)),
     ),
     Of("conv/paths.cpp", "dense + close", BOTH, BF16): (
         ("kPairs", "bfloat16 products of the definition in the time of one of float32", (1.8, 2, 2.2, 2.3, 2.5, 2.8)),
     ),
     Of("conv/paths.cpp", "dense + close", WEIGHT, BF16): (
-        ("kGradientPairs", "the same for the weight gradient", (1.6, 1.8, 2, 2.2, 2.5)),
+        ("kGradientPairs", "the same as kPairs for the weight gradient", (1.6, 1.8, 2, 2.2, 2.5)),
     ),
     Of("conv/paths.cpp", "shallow", FORWARD, F32, True): (
         ("kMinDepth", "channels from which on tiles of 4x4 are exact enough in float32", (24, 40, 48, 58, 64, 96)),
@@ -154,16 +154,20 @@ TABLE = {
         ("kMaxUnits", "units of all pixels that stay in the third-level cache", kib(256, 512, 1024, 2048, 4096)),
     ),
     Of("conv/paths.cpp", "long_panels", FORWARD): (
-        ("kMaxPanelUnits", "units of a panel that stay in the second", kib(64, 96, 160, 256, 512)),
+        (
+            "kMaxPanelUnits",
+            "units of a panel of the weight that stay in the second-level cache",
+            kib(64, 96, 160, 256, 512),
+        ),
     ),
     Of("conv/paths.cpp", "few_pixels", BOTH): (
-        ("kMaxPixels", "pixels for each column up to which images read in place are one product", (1, 2, 3, 4, 6, 8)),
+        ("kMaxPixels", "pixels for each column of one product that reads images in place", (1, 2, 3, 4, 6, 8)),
     ),
     Of("conv/paths.cpp", "few_copied", FORWARD): (
-        ("kMaxCopied", "the same where they are copied, of one tap", (0.25, 0.5, 1, 2, 4)),
+        ("kMaxCopied", "pixels for each column of one that copies them, of one tap", (0.25, 0.5, 1, 2, 4)),
     ),
     Of("conv/paths.cpp", "few_copied_taps", BOTH): (
-        ("kMaxCopiedTaps", "the same where they are copied, of several", (0.125, 0.25, 0.5, 1, 2)),
+        ("kMaxCopiedTaps", "pixels for each column of one that copies them, of several", (0.125, 0.25, 0.5, 1, 2)),
     ),
     Of("conv/paths.cpp", "columns", FORWARD): (
         ("kMaxIdle", "time of all tasks to that of as many columns in full panels", (1.0, 1.06, 1.12, 1.2, 1.35, 2.0)),
@@ -187,13 +191,18 @@ TABLE = {
             rf"{CLAMP}\((\d+) /",
         ),
         ("min_tiles", "the fewest tiles of pixels of a strip", (1, 2, 4, 8), rf"{CLAMP}\(\d+ / [^;]*, (\d+), \d+\);"),
-        ("max_tiles", "and the most", (8, 16, 32, 64), rf"{CLAMP}\(\d+ / [^;]*, \d+, (\d+)\);"),
+        ("max_tiles", "the most tiles of pixels of a strip", (8, 16, 32, 64), rf"{CLAMP}\(\d+ / [^;]*, \d+, (\d+)\);"),
     ),
     Of("conv/winograd_forward.cpp", "dense", BOTH): (
         ("kInputUnits", "units of a block in the second-level cache", kib(64, 96, 160, 224, 320)),
         ("kPackedDepth", "channels of the weight that are transformed at a time", (16, 32, 64, 128, 256)),
         ("min_block", "the fewest tiles of a block", (8, 16, 24, 48), rf"{CLAMP}\(kInputUnits / [^;]*, (\d+), \d+\);"),
-        ("max_block", "and the most", (64, 96, 128, 192, 256), rf"{CLAMP}\(kInputUnits / [^;]*, \d+, (\d+)\);"),
+        (
+            "max_block",
+            "the most tiles of a block",
+            (64, 96, 128, 192, 256),
+            rf"{CLAMP}\(kInputUnits / [^;]*, \d+, (\d+)\);",
+        ),
     ),
     Of("conv/winograd_forward.cpp", "large_weights", BOTH): (
         ("kSharedUnits", "units of inputs that are transformed at once", kib(0, 1024, 2048, 4096, 8192, 16384)),
@@ -206,27 +215,32 @@ TABLE = {
     ),
     Of("conv/winograd_weight_grad.cpp", "dense", WEIGHT): (
         ("kSumUnits", "units of sums in the second-level cache", kib(64, 96, 160, 224, 320)),
-        ("kGradientUnits", "units of a block in the third", kib(256, 512, 1024, 2048, 4096)),
+        ("kGradientUnits", "units of a block in the third-level cache", kib(256, 512, 1024, 2048, 4096)),
         ("kOuterTiles", "tiles whose inputs stay in the first-level cache", (32, 64, 128, 192, 256)),
         ("min_block", "the fewest tiles of a block", (64, 128, 192), rf"{CLAMP}\(kGradientUnits / \w+, (\d+), \d+\)"),
-        ("max_block", "and the most", (256, 512, 768, 1024), rf"{CLAMP}\(kGradientUnits / \w+, \d+, (\d+)\)"),
+        (
+            "max_block",
+            "the most tiles of a block",
+            (256, 512, 768, 1024),
+            rf"{CLAMP}\(kGradientUnits / \w+, \d+, (\d+)\)",
+        ),
     ),
     Of("conv/winograd.h", "dense + shallow", ALL, F32, True): (
         ("kShortChunk", "products that are summed in registers", (16, 32, 64, 128)),
     ),
     Of("conv/weight_grad.cpp", "products", WEIGHT): (
         ("kMinPixels", "the fewest pixels of a block", (100, 200, 400, 600)),
-        ("kMaxPixels", "and the most", (400, 600, 800, 1200, 1600)),
+        ("kMaxPixels", "the most pixels of a block", (400, 600, 800, 1200, 1600)),
     ),
     Of("conv/weight_grad.cpp", "products", WEIGHT, BF16): (
         ("kPairUnits", "units of dy of a block in the second-level cache", kib(32, 48, 64, 96, 128)),
     ),
     Of("conv/weight_grad.cpp", "products", WEIGHT, F32): (
-        ("kFloatUnits", "and of dy and x", kib(40, 64, 80, 112, 160)),
+        ("kFloatUnits", "units of dy and x of a block in the second-level cache", kib(40, 64, 80, 112, 160)),
     ),
     Of("conv/weight_grad.cpp", "unequal + linears", WEIGHT): (
         ("max_transposed", "elements of a weight whose sums are transposed", SIZES, r"&& out \* in <= (\d+ \* 1024)"),
-        ("max_of_pixels", "and of one whose pixels threads share", SIZES, r"size <= (\d+ \* 1024) \? 1"),
+        ("max_of_pixels", "elements of a weight whose pixels threads share", SIZES, r"size <= (\d+ \* 1024) \? 1"),
     ),
     Of("conv/depthwise.h", "depthwise + grouped", ALL): (
         ("kRingFloats", "floats of input rows that a ring keeps", kib(4, 8, 16, 32)),
@@ -251,19 +265,29 @@ TABLE = {
         ),
     ),
     Of("microkernels/*.h", "grouped", ALL, F32): (
-        ("max_group", "the same in float32", (1, 2, 4, 8), r"max_group = S::pair == 2 \? \d+ : (\d+)"),
+        (
+            "max_group",
+            "channels of a group above which it is PyTorch's, without pairs",
+            (1, 2, 4, 8),
+            r"max_group = S::pair == 2 \? \d+ : (\d+)",
+        ),
     ),
     Of("microkernels/*.h", "products", BOTH, F32, True): (
         ("kMinChunk", "the fewest products that are summed in registers", (16, 32, 64, 128)),
-        ("kMaxChunk", "and the most", (128, 256, 512, 1024)),
-        ("chunks", "chunks of a sum between those", (1, 2, 4, 8), r"tile\.taps \* tile\.depth / (\d+)"),
+        ("kMaxChunk", "the most products that are summed in registers", (128, 256, 512, 1024)),
+        (
+            "chunks",
+            "chunks of a sum, between kMinChunk and kMaxChunk",
+            (1, 2, 4, 8),
+            r"tile\.taps \* tile\.depth / (\d+)",
+        ),
     ),
     Of("microkernels/*.h", "products", WEIGHT, F32, True): (
         ("chunk", "pixels that are summed in registers", (16, 32, 64, 128, 256), r"int64_t chunk = (\d\d+);"),
     ),
     Of("microkernels/*.h", "linears + large_weights", BOTH): (
         ("kBytesAhead", "bytes of a row of the weight that are fetched before they are packed", (64, 128, 256, 512)),
-        ("kUnitsAhead", "the same along the depth", (4, 8, 16, 32, 64)),
+        ("kUnitsAhead", "units of its depth that are fetched before they are packed", (4, 8, 16, 32, 64)),
     ),
     Of("norm/*.h", "norms", NORM): (("kStreams", "rows that are walked at once", (1, 2, 4, 6, 8)),),
     Of("norm/*.h", "norms", NORM, F32, True): (
