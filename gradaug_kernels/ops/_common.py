@@ -111,7 +111,7 @@ def check_gradient_buffer(weight_grad: Tensor, weight: Tensor) -> None:
             f"weight_grad must be a buffer of shape {tuple(weight.shape)} or a parameter of it, "
             f"got shape {tuple(weight_grad.shape)}, is_leaf={weight_grad.is_leaf}"
         )
-    if weight_grad.requires_grad:
+    if weight_grad.requires_grad or torch.compiler.is_compiling():  # whose graph knows neither memory nor negation
         return
     if weight_grad.is_neg():
         raise ValueError("weight_grad must be memory of its own, got the imaginary part of a conjugate")
