@@ -16,6 +16,7 @@ from torch.nn.modules.utils import _pair
 from ..ops import slim_batch_norm, slim_conv2d, slim_linear
 from ..ops.slim_batch_norm import slim_batch_norm_record_
 from .chosen_channels import gather_weight
+from .private_statistics import negative_variance, statistics_fault
 from .state_dict import from_state_dict, in_state_dict
 from .width import check_width, round_channels
 
@@ -323,8 +324,8 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
     num_features elements, of which the first channels of that width are used. Those of `widths` and `add_width` are
     buffers. Those that `calibrate` makes, or that only a loaded state_dict has, are in state_dict, move and are copied
     like buffers, but are not in `buffers()`: a copy of the model made before, whose buffers are updated one by one
-    (`torch.optim.swa_utils.AveragedModel`), goes on. Loading a state_dict leaves alone the widths that only the layer
-    has: an nn.BatchNorm2d's loads as it is.
+    (`torch.optim.swa_utils.AveragedModel`), goes on. An nn.BatchNorm2d's state_dict loads as it is; the statistics of
+    widths that only the layer has are forgotten then, being those of other weights.
 
     Shape:
         input and residual [N, C, H, W], C at most num_features, and num_features at width 1; output the same.
@@ -512,22 +513,44 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
     ):
         for width in self._widths_in(state_dict, prefix):
             self._add_width(width, as_buffers=False)
-            self._unconfirmed.add(width)
+        is_of_another = any(prefix + name in state_dict for name in (*self._parameters, *self._names[1.0]))
+        loaded = self._loadable(state_dict, prefix, error_msgs)
         beside = {name: state_dict.pop(prefix + name) for name in self._beside if prefix + name in state_dict}
         arguments = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(*arguments)
         private = {prefix + name for name in self._private_statistics}
         missing_keys[:] = [key for key in missing_keys if key not in private]
-        assign = local_metadata.get("assign_to_params_buffers", False)
         for name, value in beside.items():
-            own = getattr(self, name)
-            if value.shape != own.shape:
-                shapes = f"the shape in current model is {own.shape}, got {value.shape}"
-                error_msgs.append(f"size mismatch for {prefix}{name}: {shapes}.")
-            elif assign:
+            if local_metadata.get("assign_to_params_buffers", False):
                 _set(self, **{name: value})
             else:
-                own.copy_(value)
+                getattr(self, name).copy_(value)
+        for width in self._names:
+            if width in loaded:
+                self._unconfirmed.add(width)
+            elif is_of_another and width != 1.0:
+                self.reset_width_stats(width)
+
+    def _loadable(self, state_dict, prefix, error_msgs) -> set[float]:
+        """The widths whose private statistics are in a state_dict; those that are in part or ill-formed are removed."""
+        found = set()
+        for width, names in self._names.items():
+            keys = [prefix + name for name in names]
+            if width == 1.0:
+                fault = negative_variance(state_dict, keys[1])
+            elif state_dict.keys().isdisjoint(keys):
+                continue
+            else:
+                fault = statistics_fault(state_dict, keys, [getattr(self, name).shape for name in names])
+                found.add(width)
+            if fault is None:
+                continue
+            error_msgs.append(fault)
+            if width != 1.0:
+                found.discard(width)
+                for key in keys:
+                    state_dict.pop(key, None)
+        return found
 
     def _widths_in(self, state_dict, prefix) -> list[float]:
         """The widths with private statistics in a state_dict, in which their names are made ours."""

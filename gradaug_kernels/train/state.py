@@ -69,11 +69,19 @@ def load_weights(name: str, model: nn.Module, found: dict[str, Any]) -> None:
         if key not in found:
             raise ValueError(f"{name} must be of the network that the configuration describes, got no {key}")
     for key, value in found.items():
-        check_like(f"{name}.{key}", value, expected.get(key, value if isinstance(value, torch.Tensor) else None))
+        if not isinstance(key, str):
+            raise ValueError(f"{name} must be of the network that the configuration describes, got also {key!r}")
+        if key not in expected and not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name}.{key} must be a tensor, got {type(value).__name__}")
+        check_like(f"{name}.{key}", value, expected.get(key, value))
     try:
-        model.load_state_dict(found)
+        unexpected = model.load_state_dict(found, strict=False).unexpected_keys
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{name} must be of the network that the configuration describes, got: {error}") from None
+        _, *faults = str(error).split("\n\t")  # torch's heading is a line of its own
+        faults = "; ".join(faults) or error
+        raise ValueError(f"{name} must be of the network that the configuration describes, got: {faults}") from None
+    if unexpected:
+        raise ValueError(f"{name} must be of the network that the configuration describes, got also {unexpected[0]}")
 
 
 def load_progress(checkpoint: dict[str, Any], optimizer, scheduler, step, iterations: int, columns: list[str]) -> None:

@@ -226,10 +226,61 @@ def test_calibrated_statistics_go_where_buffers_go():
     assert model.to("meta")[1].running_mean_0_9.is_meta
 
 
-def test_a_checkpoint_with_statistics_of_another_size_is_refused():
-    model, wrong = converted(), converted()
+MEAN, VAR, COUNT = (f"1.{name}_0_9" for name in ("running_mean", "running_var", "num_batches_tracked"))
+NO_STATISTICS = {
+    "no mean": (MEAN, None, r"got no 1\.running_mean_0_9"),
+    "no variance": (VAR, None, r"got no 1\.running_var_0_9"),
+    "no count": (COUNT, None, r"got no 1\.num_batches_tracked_0_9"),
+    "another size": (VAR, torch.ones(7), r"size mismatch for 1\.running_var_0_9"),
+    "a list": (MEAN, [0.0] * 8, r"1\.running_mean_0_9 must be a tensor, got list"),
+    "a negative variance": (VAR, -torch.ones(8), r"1\.running_var_0_9 must not be negative, got -1"),
+    "a negative variance of width 1": ("1.running_var", -torch.ones(8), r"1\.running_var must not be negative, got -1"),
+}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("has_the_width", ["no", "as buffers", "calibrated"])
+@pytest.mark.parametrize("kind", NO_STATISTICS)
+def test_ill_formed_statistics_are_refused(kind, has_the_width, strict):
+    model, wrong = converted(widths=(0.9, 1.0) if has_the_width == "as buffers" else (1.0,)), converted()
+    if has_the_width == "calibrated":
+        gk.calibrate(model, [0.9], [images()])
     gk.calibrate(wrong, [0.9], [images()])
+    key, value, message = NO_STATISTICS[kind]
     state = dict(wrong.state_dict())
-    state["1.running_var_0_9"] = torch.ones(7)
-    with pytest.raises(RuntimeError, match=r"size mismatch for 1\.running_var_0_9"):
-        model.load_state_dict(state)
+    del state[key]
+    if value is not None:
+        state[key] = value
+    if (kind, has_the_width) == ("no count", "no"):
+        message = r"Unexpected key\(s\)"
+        if not strict:  # it is a state_dict without that width
+            model.load_state_dict(state, strict=False)
+            assert model[1].widths == (1.0,)
+            return
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(state, strict=strict)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_weights_without_statistics_of_a_width_leave_it_without(assign):
+    model, other = converted(widths=(0.5, 1.0)), change(converted())
+    gk.calibrate(model, [0.5, 0.9], [images()])
+    kept = copy.deepcopy(model.state_dict())
+    model.load_state_dict({"0.weight": kept["0.weight"]}, strict=False)
+    assert model[1].is_calibrated(0.5)
+    assert model[1].is_calibrated(0.9)
+    model.load_state_dict(other.state_dict(), assign=assign)
+    for width in (0.5, 0.9):
+        with (
+            gk.use_width(model.eval(), width),
+            pytest.raises(RuntimeError, match=f"needs the statistics of width {width}"),
+        ):
+            model(images())
+    gk.calibrate(model, [0.9], [images()])
+    gk.calibrate(other, [0.9], [images()])
+    with gk.use_width(model, 0.9), gk.use_width(other.eval(), 0.9):
+        assert torch.equal(model(images()), other(images()))
+    model.load_state_dict(kept, assign=assign)
+    torch.testing.assert_close(dict(model.state_dict()), dict(kept), rtol=0, atol=0)
+    with gk.use_width(model, 0.5):
+        model(images())

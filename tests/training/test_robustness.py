@@ -244,6 +244,20 @@ def spoil(keys, value=None):
     return spoil
 
 
+def private_statistics(**changed):
+    """Adds a norm's statistics of width 0.5, with `changed` in place of its own, None for one that is missing."""
+
+    def add(state):
+        model = state["model"]
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            value = changed.get(name, model[f"{NORM}.{name}"])
+            if value is not None:
+                model[f"{NORM}.{name}_0_5"] = value
+
+    return add
+
+
+NORM = "layer1.0.bn1"
 WEIGHT, MOMENTUM = "layer1.0.conv1.weight", ("optimizer", "state", 0, "momentum_buffer")
 ILL_FORMED = {
     **{f"no {key}": (spoil([key]), key) for key in ("preset", "config", "epoch", "model", "optimizer", "gradaug")},
@@ -252,7 +266,22 @@ ILL_FORMED = {
     "a configuration of another version": (spoil(["config", "train", "speed"], 3), 'unknown key "train.speed"'),
     "a section that is a number": (spoil(["config", "train"], 3), "train must be a section of keys, got 3"),
     "no weight": (spoil(["model", WEIGHT]), f"got no {WEIGHT}"),
-    "one weight more": (spoil(["model", "other"], torch.ones(1)), "model must be of the network"),
+    "one weight more": (spoil(["model", "other"], torch.ones(1)), "configuration describes, got also other"),
+    "a key that is a number": (spoil(["model", 3], torch.ones(1)), "configuration describes, got also 3"),
+    "a list that is one too many": (spoil(["model", "other"], [1]), "model.other must be a tensor, got list"),
+    "a list for statistics": (spoil(["model", f"{NORM}.running_mean"], [1.0]), "got list"),
+    "a variance that is NaN": (spoil(["model", f"{NORM}.running_var"], lambda v: v * float("nan")), "must be finite"),
+    "a negative variance": (
+        spoil(["model", f"{NORM}.running_var"], lambda v: -v),
+        f"got: {NORM}.running_var must not be negative, got -",
+    ),
+    "a private statistic of another size": (
+        private_statistics(running_mean=torch.zeros(3)),
+        f"got: size mismatch for {NORM}.running_mean_0_5: ",
+    ),
+    "a private statistic that is a list": (private_statistics(running_var=[1.0]), "running_var_0_5 must be a tensor"),
+    "no private mean": (private_statistics(running_mean=None), f"got no {NORM}.running_mean_0_5"),
+    "no private count": (private_statistics(num_batches_tracked=None), "got also "),
     "another shape": (
         spoil(["model", WEIGHT], torch.ones(3)),
         "must be torch.float32 [2, 2, 3, 3], got torch.float32 [3]",
@@ -293,6 +322,17 @@ def test_ill_formed_checkpoints(command, stopped, kind):
     assert_refused(command("--out", stopped, "--resume"), str(path), words)
     assert path.read_bytes() == before
     assert {entry.name for entry in stopped.iterdir()} == {"checkpoint.pt", "config.toml"}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ILL_FORMED if "private" in kind or "variance" in kind])
+def test_evaluation_of_ill_formed_statistics(stopped, capsys, kind):
+    path = stopped / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    make, words = ILL_FORMED[kind]
+    make(state)
+    torch.save(state, path)
+    assert_refused((main(["eval", str(path)]), *capsys.readouterr()), str(path), words)
+    assert not (stopped / "evaluation").exists()
 
 
 def test_evaluation_of_another_networks_weights(stopped, capsys):
