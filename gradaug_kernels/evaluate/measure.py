@@ -44,6 +44,7 @@ def accuracy_by_width(
 ) -> dict[str, float]:
     """{width: top-1}. calibrate: called with the widths that have no statistics yet."""
     widths = [check_width(width) for width in widths]
+    model.eval()
     norms = [module for module in model.modules() if isinstance(module, SlimBatchNorm2d)]
     known = set.intersection(*({w for w in n.widths if n.is_calibrated(w)} for n in norms)) if norms else set(widths)
     missing = sorted({width for width in widths if width not in known})

@@ -5,6 +5,7 @@ only the number of output channels depends on the width (`round_channels`). `set
 chooses other channels than the first, until the next width is set; the number of them is that of the indices.
 """
 
+import copy
 import weakref
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from torch.nn.modules.utils import _pair
 from ..ops import slim_batch_norm, slim_conv2d, slim_linear
 from ..ops.slim_batch_norm import slim_batch_norm_record_
 from .chosen_channels import gather_weight
-from .private_statistics import negative_variance, statistics_fault
+from .private_statistics import Origin, negative_variance, statistics_fault, written_channels
 from .state_dict import from_state_dict, in_state_dict
 from .width import check_width, round_channels
 
@@ -171,8 +172,11 @@ class FastSlimConv2d(nn.Conv2d):
         return [width // 2, width - width // 2, height // 2, height - height // 2]
 
     def _set_width(self, width: float) -> None:
+        self.__dict__.update(self._at_width(width))
+
+    def _at_width(self, width: float) -> dict:
         out = round_channels(self.out_channels, width, self.divisor) if self.slim_out else self.out_channels
-        _set(self, _slim_width=width, _is_full=width == 1.0, _out=_number(out), _kept=None)
+        return {"_slim_width": width, "_is_full": width == 1.0, "_out": _number(out), "_kept": None}
 
     def _keep(self, outputs: Tensor | None, inputs: Tensor | None) -> None:
         """Compute these channels from those, int64 [out] and [C] in ascending order, None being the first ones.
@@ -268,8 +272,11 @@ class SlimLinear(nn.Linear):
         self._set_width(1.0)
 
     def _set_width(self, width: float) -> None:
+        self.__dict__.update(self._at_width(width))
+
+    def _at_width(self, width: float) -> dict:
         out = round_channels(self.out_features, width, self.divisor) if self.slim_out else self.out_features
-        _set(self, _slim_width=width, _is_full=width == 1.0, _out=_number(out), _kept=None)
+        return {"_slim_width": width, "_is_full": width == 1.0, "_out": _number(out), "_kept": None}
 
     def _keep(self, outputs: Tensor | None, inputs: Tensor | None) -> None:
         """Compute these features from those, int64 [out] and [F] in ascending order, None being the first ones."""
@@ -332,22 +339,30 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
 
     Raises:
         ValueError: for an input whose channels do not fit, or one value per channel in training.
-        RuntimeError: for evaluation at a width that has no statistics yet.
+        RuntimeError: for evaluation at a width that has no statistics yet, or stale ones (`calibrate` says which).
     """
 
+    _slim_width = 1.0
     _beside: tuple[str, ...] = ()  # names of the statistics that are not buffers
     _substitute = None  # "batch" or "full": what it takes in a GradAug step for statistics that it does not have
 
     def __init__(self, *args, widths: tuple[float, ...] = (1.0,), **kwargs):
         super().__init__(*args, **kwargs)
         self._names = {1.0: ("running_mean", "running_var", "num_batches_tracked")}
-        self._unconfirmed: set[float] = set()  # widths whose statistics may be empty still
+        self._unconfirmed: set[float] = set()  # widths whose statistics may be empty still, or are stale
+        self._stale: set[float] = set()  # widths whose statistics are those of the weights before training went on
+        self._origins: dict[float, Origin] = {}  # of statistics that were calibrated or loaded
+        self._written: dict[float, int] = {}  # channels of loaded statistics, until an evaluation has met them
         self._set_width(1.0)
         for width in widths:
             self.add_width(width)
 
     def _set_width(self, width: float) -> None:
-        _set(self, _slim_width=width, _is_full=width == 1.0, _statistics=self._names.get(width), _kept=None)
+        self.__dict__.update(self._at_width(width))
+
+    def _at_width(self, width: float) -> dict:
+        statistics = self._names.get(width)
+        return {"_slim_width": width, "_is_full": width == 1.0, "_statistics": statistics, "_kept": None}
 
     def _keep(self, channels: Tensor | None) -> None:
         """Scale and shift by the parameters of these channels, int64 [C] in ascending order, None being the first."""
@@ -376,7 +391,8 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
         suffix = _suffix(width)
         names = tuple(f"{name}_{suffix}" for name in self._names[1.0])
         for name, full in zip(names, self._names[1.0], strict=True):
-            empty = torch.zeros_like(getattr(self, full))
+            with torch.inference_mode(False):  # whose tensors could not be written to, as by load_state_dict
+                empty = torch.zeros_like(getattr(self, full))
             if as_buffers:
                 self.register_buffer(name, empty)
             else:
@@ -436,18 +452,40 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
         if self._takes_batch_statistics:
             return None, None
         if not self._has_statistics and self._substitute is None:
-            width = self._slim_width
-            raise RuntimeError(
-                f"evaluation needs the statistics of width {width:g}, got those of widths "
-                f"{', '.join(f'{w:g}' for w in self.widths if self.is_calibrated(w))}; "
-                f"gradaug_kernels.calibrate(model, [{width:g}], loader) makes them, and in training norm.train() "
-                "takes the batch's"
-            )
+            raise RuntimeError(self._complaint())
         names = self._statistics if self._has_statistics else self._names[1.0]
+        if self._written:
+            self._check_written(channels)
         chosen = slice(channels) if self._kept is None else self._kept
         stats_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         mean, var = (getattr(self, name)[chosen].to(stats_dtype) for name in names[:2])
         return mean, var
+
+    def _complaint(self) -> str:
+        width = self._slim_width
+        if width in self._stale:
+            found = "ones from before the network was trained on"
+        else:
+            found = f"those of widths {', '.join(f'{w:g}' for w in self.widths if self.is_calibrated(w))}"
+        return (
+            f"evaluation needs the statistics of width {width:g}, got {found}; "
+            f"gradaug_kernels.calibrate(model, [{width:g}], loader) makes them, and in training norm.train() takes the "
+            "batch's"
+        )
+
+    def _check_written(self, channels: int) -> None:
+        """Raises RuntimeError where the loaded statistics of this width are of another number of channels."""
+        width = self._slim_width
+        if width not in self._written or self._kept is not None or not self._has_statistics:
+            return
+        if self._written[width] != channels:
+            raise RuntimeError(
+                f"statistics of width {width:g} must be of {channels} channels, got loaded ones of "
+                f"{self._written[width]}, as of another divisor; gradaug_kernels.calibrate(model, [{width:g}], loader) "
+                "makes them"
+            )
+        if not torch.compiler.is_compiling():
+            del self._written[width]
 
     def _record(self, shape: torch.Size, mean: Tensor, var: Tensor) -> None:
         """Update the running statistics of this width, if it has some, with those of a batch of that shape."""
@@ -465,20 +503,81 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
         """As nn.Module.train. Evaluation notes which widths are calibrated, which a tracer or exporter cannot ask."""
         super().train(mode)
         if not mode:
+            for width in tuple(self._origins):
+                self._note_staleness(width)
             for width in tuple(self._unconfirmed):
                 self.is_calibrated(width)
         return self
 
     def is_calibrated(self, width: float) -> bool:
-        """Whether `width` has statistics of at least one batch. Width 1 always counts as having them.
+        """Whether `width` has statistics of at least one batch, not stale. Width 1 always counts as having them.
 
         Asked in evaluation, not noted in training, where torch.compile would make another graph for it.
         """
-        if width in self._unconfirmed:
+        if width in self._unconfirmed and width not in self._stale:
             num_batches = getattr(self, self._names[width][2])
             if num_batches.is_meta or num_batches > 0:
                 self._unconfirmed.discard(width)
         return width in self._names and width not in self._unconfirmed
+
+    def _origin(self, width: float) -> Origin | None:
+        """What tells later whether training went on; None where nothing does."""
+        weight, names = self._parameters.get("weight"), (self._names[1.0][2], self._names[width][2])
+        return Origin(weight, *(getattr(self, name) for name in names)) if type(weight) is nn.Parameter else None
+
+    def _note_origin(self, width: float) -> None:
+        """Note that the statistics of a width are those of the present weights."""
+        self._forget_origin(width)
+        origin = self._origin(width)
+        if origin is not None and width != 1.0:
+            self._origins[width] = origin.kept()
+
+    def _forget_origin(self, width: float) -> None:
+        self._origins.pop(width, None)
+        self._written.pop(width, None)
+        self._stale.discard(width)
+
+    def _note_staleness(self, width: float) -> None:
+        """Note whether training went on since the statistics of a width were made."""
+        now = self._origin(width)
+        if now is not None and self._origins[width].precedes_training(now):
+            self._stale.add(width)
+            self._unconfirmed.add(width)
+        else:
+            self._stale.discard(width)
+
+    def reset_running_stats(self) -> None:
+        """Forget the running statistics of the present width, as `torch.optim.swa_utils.update_bn` asks for.
+
+        Raises:
+            ValueError: for a width that has none.
+        """
+        if self._slim_width == 1.0:
+            super().reset_running_stats()
+        elif self.track_running_stats:
+            self.reset_width_stats(self._slim_width)
+
+    def reset_parameters(self) -> None:
+        """As nn.BatchNorm2d.reset_parameters; the statistics of all widths are forgotten."""
+        super().reset_parameters()
+        if self.running_mean is not None:
+            for width in self.__dict__.get("_names", ()):  # which torch.nn's constructor comes before
+                self.reset_width_stats(width)
+
+    def _keep_statistics(self) -> tuple[dict, dict]:
+        """What `_restore_statistics` takes to make the statistics of now the present ones again."""
+        values = {name: getattr(self, name).clone() for names in self._names.values() for name in names}
+        noted = ("_names", "_beside", "_unconfirmed", "_stale", "_origins", "_written")
+        return values, {name: copy.copy(getattr(self, name)) for name in noted}
+
+    def _restore_statistics(self, kept: tuple[dict, dict]) -> None:
+        values, noted = kept
+        for name, value in values.items():
+            getattr(self, name).copy_(value)
+        for name in set(self._beside) - set(noted["_beside"]):
+            delattr(self, name)
+        _set(self, **noted)
+        self._set_width(self._slim_width)
 
     def reset_width_stats(self, width: float) -> None:
         """Forget the running statistics of one width.
@@ -493,6 +592,7 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
         mean.zero_()
         var.fill_(1)
         num_batches.zero_()
+        self._forget_origin(width)
         if width != 1.0:
             self._unconfirmed.add(width)
 
@@ -500,6 +600,7 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
         super()._apply(fn, recurse)
         with torch.no_grad():
             _set(self, **{name: fn(getattr(self, name)) for name in self._beside})
+            self._origins = {width: Origin(*map(fn, origin)) for width, origin in self._origins.items()}
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -515,6 +616,7 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
             self._add_width(width, as_buffers=False)
         is_of_another = any(prefix + name in state_dict for name in (*self._parameters, *self._names[1.0]))
         loaded = self._loadable(state_dict, prefix, error_msgs)
+        written = {width: written_channels(*(state_dict[key] for key in keys)) for width, keys in loaded.items()}
         beside = {name: state_dict.pop(prefix + name) for name in self._beside if prefix + name in state_dict}
         arguments = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(*arguments)
@@ -528,12 +630,15 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
         for width in self._names:
             if width in loaded:
                 self._unconfirmed.add(width)
+                self._note_origin(width)
+                if written[width] is not None:
+                    self._written[width] = written[width]
             elif is_of_another and width != 1.0:
                 self.reset_width_stats(width)
 
-    def _loadable(self, state_dict, prefix, error_msgs) -> set[float]:
-        """The widths whose private statistics are in a state_dict; those that are in part or ill-formed are removed."""
-        found = set()
+    def _loadable(self, state_dict, prefix, error_msgs) -> dict[float, list[str]]:
+        """{width: keys} of the private statistics in a state_dict, from which those with a fault are removed."""
+        found = {}
         for width, names in self._names.items():
             keys = [prefix + name for name in names]
             if width == 1.0:
@@ -542,14 +647,13 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
                 continue
             else:
                 fault = statistics_fault(state_dict, keys, [getattr(self, name).shape for name in names])
-                found.add(width)
-            if fault is None:
-                continue
-            error_msgs.append(fault)
-            if width != 1.0:
-                found.discard(width)
+                if fault is None:
+                    found[width] = keys
+                    continue
                 for key in keys:
                     state_dict.pop(key, None)
+            if fault is not None:
+                error_msgs.append(fault)
         return found
 
     def _widths_in(self, state_dict, prefix) -> list[float]:

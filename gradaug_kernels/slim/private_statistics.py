@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 
 
 class Origin(NamedTuple):
@@ -14,16 +15,13 @@ class Origin(NamedTuple):
     num_batches: Tensor  # of width 1: counts on when the network is trained
     own_num_batches: Tensor  # of that width
 
-    @classmethod
     @torch.inference_mode(False)
     @torch.no_grad()
-    def of(cls, weight: Tensor | None, num_batches: Tensor, own_num_batches: Tensor) -> "Origin | None":
-        """None where nothing will tell whether the weights have changed."""
-        if type(weight) is not nn.Parameter:
-            return None
-        return cls(*(tensor.clone() for tensor in (weight, num_batches, own_num_batches)))
+    def kept(self) -> "Origin":
+        """A copy, to be compared with later."""
+        return Origin(*(tensor.clone() for tensor in self))
 
-    def has_trained_on(self, now: "Origin") -> bool:
+    def precedes_training(self, now: "Origin") -> bool:
         """Whether, with the statistics of the width as they were, the norm was trained and its weight is another."""
         return (
             _same(self.own_num_batches, now.own_num_batches)
@@ -57,9 +55,19 @@ def negative_variance(state_dict: Mapping[str, Any], key: str) -> str | None:
     return None
 
 
+def written_channels(mean: Tensor, var: Tensor, num_batches: Tensor) -> int | None:
+    """The number of channels that the statistics of a width are of; None where nothing was written to them.
+
+    The others have the mean and variance that empty statistics have.
+    """
+    if not all(map(has_values, (mean, var, num_batches))) or not num_batches > 0:
+        return None
+    return 1 + int(indices.max()) if len(indices := ((mean != 0) | (var != 1)).nonzero()) else None
+
+
 def has_values(tensor: Any) -> bool:
     """Whether it is a tensor whose elements can be asked for, as those of meta and fake tensors can not."""
-    return type(tensor) in (Tensor, nn.Buffer, nn.Parameter) and not tensor.is_meta
+    return type(tensor) in (Tensor, nn.Buffer, nn.Parameter) and not tensor.is_meta and detect_fake_mode() is None
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """Widths: how many channels a sub-network keeps, and setting the width of a model."""
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,6 +21,18 @@ def check_width(width: float) -> float:
     return rounded
 
 
+def whole_number(name: str, value: int) -> int:
+    """The value as an int.
+
+    Raises:
+        ValueError: for a value that is none.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
+
+
 def round_channels(channels: int, width: float, divisor: int = 1) -> int:
     """The number of channels that a layer of `channels` keeps at `width`.
 
@@ -34,12 +47,17 @@ def round_channels(channels: int, width: float, divisor: int = 1) -> int:
         divisor: what the result is a multiple of, unless it is `channels`.
 
     Raises:
-        ValueError: for a width outside (0, 1], a divisor below 1, or a width that leaves no channel.
+        ValueError: for a width outside (0, 1], channels or a divisor that are no whole numbers or below 1, or a width
+            that leaves no channel.
     """
     kept = check_width(width) * channels
+    if channels.__class__ is not int or divisor.__class__ is not int:
+        channels, divisor = whole_number("channels", channels), whole_number("divisor", divisor)
     if divisor < 1:
         raise ValueError(f"divisor must be at least 1, got {divisor}")
     if int(kept + 0.5) < 1:
+        if channels < 1:
+            raise ValueError(f"channels must be at least 1, got {channels}")
         raise ValueError(
             f"width must leave at least 1 of {channels} channels (be at least {0.5 / channels:g}), got {width}"
         )
@@ -104,8 +122,10 @@ def set_width(model: nn.Module, width: float) -> None:
     width = check_width(width)
     if width != 1.0:
         refuse_replaced_layers(model)
-    for module in slim_modules(model):
-        module._set_width(width)
+    modules = slim_modules(model)
+    states = [module._at_width(width) for module in modules]  # all of them first: a refusal leaves the width as it was
+    for module, state in zip(modules, states, strict=True):
+        module.__dict__.update(state)
 
 
 @contextmanager
@@ -113,8 +133,8 @@ def use_width(model: nn.Module, width: float) -> Iterator[None]:
     """`set_width` for the length of a with-block; then every layer has the width it had before."""
     modules = slim_modules(model)
     before = [module._slim_width for module in modules]
+    set_width(model, width)
     try:
-        set_width(model, width)
         yield
     finally:
         for module, previous in zip(modules, before, strict=True):

@@ -78,8 +78,8 @@ def load_weights(name: str, model: nn.Module, found: dict[str, Any]) -> None:
         unexpected = model.load_state_dict(found, strict=False).unexpected_keys
     except (RuntimeError, ValueError) as error:
         _, *faults = str(error).split("\n\t")  # torch's heading is a line of its own
-        faults = "; ".join(faults) or error
-        raise ValueError(f"{name} must be of the network that the configuration describes, got: {faults}") from None
+        fault = faults[0] if faults else error
+        raise ValueError(f"{name} must be of the network that the configuration describes, got: {fault}") from None
     if unexpected:
         raise ValueError(f"{name} must be of the network that the configuration describes, got also {unexpected[0]}")
 

@@ -201,6 +201,190 @@ def test_calibrate_refuses_bad_settings():
         gk.calibrate(model, [2], [torch.randn(2, 3, 8, 8)])
 
 
+@pytest.mark.parametrize("num_batches", [1.5, "2"])
+def test_calibrate_takes_a_whole_number_of_batches(num_batches):
+    model = nn.Sequential(gk.FastSlimConv2d(3, 8, 3), gk.SlimBatchNorm2d(8))
+    with pytest.raises(ValueError, match=f"num_batches must be a whole number, got {num_batches!r}"):
+        gk.calibrate(model, [0.5], [torch.randn(2, 3, 8, 8)], num_batches=num_batches)
+
+
+def network():
+    torch.manual_seed(0)
+    return gk.convert(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1)))
+
+
+def batches(count=2):
+    torch.manual_seed(1)
+    return [torch.randn(4, 3, 6, 6) for _ in range(count)]
+
+
+def train(model, *, lr=0.1, steps=2, width=1.0):
+    """Some steps of width 1, or of another."""
+    optimizer = torch.optim.SGD(model.parameters(), lr)
+    for images in batches(steps):
+        with gk.use_width(model.train(), width):
+            optimizer.zero_grad()
+            model(images).square().mean().backward()
+        optimizer.step()
+
+
+def evaluate(model, width):
+    with gk.use_width(model.eval(), width), torch.no_grad():
+        return model(batches()[0])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_calibration_that_is_interrupted_changes_nothing(error):
+    def interrupted():
+        yield batches()[0]
+        raise error
+
+    model = network()
+    train(model)
+    gk.calibrate(model, [0.5], batches())
+    before = copy.deepcopy(model.state_dict())
+    for widths in ([1.0], [0.5], [0.7, 1.0, 0.5]):
+        with pytest.raises(error):
+            gk.calibrate(model, widths, interrupted())
+        torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+    assert model[1].widths == (0.5, 1.0)
+    evaluate(model, 0.5)
+    with pytest.raises(RuntimeError, match=r"got those of widths 0\.5, 1;"):
+        evaluate(model, 0.7)
+
+
+def test_calibration_in_inference_mode_leaves_ordinary_tensors():
+    model = network()
+    with torch.inference_mode():
+        gk.calibrate(model, [0.5], batches())
+    assert not any(value.is_inference() for value in model.state_dict().values())
+    train(model)
+    model.load_state_dict(copy.deepcopy(model).state_dict())
+    gk.calibrate(model, [0.5], batches())
+    evaluate(model, 0.5)
+
+
+def loaded(model):
+    other = network()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def unmoved(model):
+    return model
+
+
+@pytest.mark.parametrize(
+    ("before_training", "after_training"),
+    [(unmoved, unmoved), (loaded, unmoved)]
+    + [
+        pair for moved in (copy.deepcopy, lambda m: m.double().float()) for pair in ((moved, unmoved), (unmoved, moved))
+    ],
+)
+def test_statistics_from_before_training_went_on_are_refused(before_training, after_training):
+    model = network()
+    gk.calibrate(model, [0.5, 0.7], batches())
+    expected = evaluate(model, 0.5)
+    model = before_training(model)
+    assert torch.equal(evaluate(model, 0.5), expected)
+    train(model)
+    model = after_training(model)
+    for width in (0.5, 0.7):
+        with pytest.raises(RuntimeError, match=rf"width {width}, got ones from before the network was trained on; "):
+            evaluate(model, width)
+    gk.calibrate(model, [0.5], batches())
+    evaluate(model, 0.5)
+    with pytest.raises(RuntimeError, match=r"width 0\.7, got ones from before"):
+        evaluate(model, 0.7)
+
+
+def without_a_change_of_weights(model):
+    train(model, lr=0.0)
+
+
+def of_another_value(model):
+    with torch.no_grad():
+        model[1].weight.add_(1)
+
+
+def frozen(model):
+    model[1].weight.requires_grad_(False)
+    train(model)
+
+
+def at_that_width(model):
+    train(model, width=0.5)
+
+
+def with_all_statistics(model):
+    train(model)
+    gk.calibrate(model, [0.5, 1.0], batches())
+
+
+@pytest.mark.parametrize(
+    "change", [without_a_change_of_weights, of_another_value, frozen, at_that_width, with_all_statistics]
+)
+def test_statistics_that_are_not_refused(change):
+    """Those of the present weights, those that training updates, and those of which a norm cannot tell."""
+    model = network()
+    gk.calibrate(model, [0.5], batches())
+    change(model)
+    evaluate(model, 0.5)
+
+
+def test_an_average_of_weights_is_calibrated_by_itself():
+    model = network()
+    gk.calibrate(model, [0.5], batches())
+    average = torch.optim.swa_utils.AveragedModel(model)
+    for _ in range(2):
+        train(model)
+        average.update_parameters(model)
+    with pytest.raises(RuntimeError, match=r"width 0\.5, got ones from before"):
+        evaluate(average, 0.5)
+    gk.calibrate(average, [0.5], batches())
+    evaluate(average, 0.5)
+
+
+def test_update_bn_is_of_the_present_width():
+    model = network()
+    train(model)
+    model[1].add_width(0.5)
+    full, expected = copy.deepcopy(model.state_dict()), copy.deepcopy(model)
+    gk.calibrate(expected, [0.5], batches())
+    with gk.use_width(model, 0.5):
+        torch.optim.swa_utils.update_bn(batches(), model)
+    torch.testing.assert_close(dict(model.state_dict()), dict(expected.state_dict()), rtol=0, atol=0)
+    with gk.use_width(model, 0.7), pytest.raises(ValueError, match=r"width must be one of 0\.5, 1, got 0\.7"):
+        torch.optim.swa_utils.update_bn(batches(), model)
+    assert torch.equal(model[1].running_mean, full["1.running_mean"])
+    torch.optim.swa_utils.update_bn(batches(), model)
+    assert not torch.equal(model[1].running_mean, full["1.running_mean"])
+    assert torch.equal(model[1].running_mean_0_5, expected[1].running_mean_0_5)
+    model[1].reset_parameters()
+    assert not model[1].is_calibrated(0.5)
+    assert model[1].num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("divisors", [(8, 1), (1, 8)])
+def test_statistics_of_another_divisor_are_refused(divisors):
+    def network(divisor):
+        return gk.convert(nn.Sequential(nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), nn.Conv2d(16, 4, 1)), divisor=divisor)
+
+    saved, model = map(network, divisors)
+    gk.calibrate(saved, [0.6], batches())
+    model.load_state_dict(saved.state_dict())
+    channels = [gk.round_channels(16, 0.6, divisor) for divisor in divisors]
+    message = f"statistics of width 0.6 must be of {channels[1]} channels, got loaded ones of {channels[0]}, "
+    with pytest.raises(RuntimeError, match=message):
+        evaluate(model, 0.6)
+    same = network(divisors[0])
+    same.load_state_dict(saved.state_dict())
+    assert torch.equal(evaluate(same, 0.6), evaluate(saved, 0.6))
+    assert same[1]._written == {}
+    gk.calibrate(model, [0.6], batches())
+    evaluate(model, 0.6)
+
+
 @pytest.mark.parametrize(
     ("layer", "shape", "width", "message"),
     [

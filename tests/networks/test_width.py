@@ -121,3 +121,30 @@ def test_use_width_restores_after_an_error():
     with pytest.raises(ValueError, match="got 9"), gk.use_width(model, 0.5):
         model(torch.randn(2, 9, 2, 2))
     assert model(torch.randn(2, 3, 2, 2)).shape[1] == 6
+
+
+def test_a_refused_width_leaves_every_layer_as_it_was():
+    model = nn.Sequential(gk.FastSlimConv2d(3, 64, 1), gk.SlimBatchNorm2d(64), gk.FastSlimConv2d(64, 16, 1))
+    gk.set_width(model, 0.75)
+    x = torch.randn(2, 3, 4, 4)
+    expected = model(x)
+    for refused in (lambda: gk.set_width(model, 0.02), lambda: gk.use_width(model, 0.02).__enter__()):
+        with pytest.raises(ValueError, match="at least 1 of 16 channels"):
+            refused()
+        assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("channels", "divisor", "message"),
+    [
+        (16, 1.5, "divisor must be a whole number, got 1.5"),
+        (16.5, 1, "channels must be a whole number, got 16.5"),
+        (16, 0, "divisor must be at least 1, got 0"),
+        (0, 1, "channels must be at least 1, got 0"),
+        (-3, 1, "channels must be at least 1, got -3"),
+    ],
+)
+def test_numbers_of_channels_that_are_none(channels, divisor, message):
+    with pytest.raises(ValueError, match=message):
+        gk.round_channels(channels, 0.5, divisor)
+    assert type(gk.round_channels(np.int64(16), 0.5, np.int32(4))) is int
