@@ -22,7 +22,8 @@ def calibrate(model: nn.Module, widths: Sequence[float], loader: Iterable, num_b
     The statistics are of the weights of now: calibrate after training and after averaging weights. Evaluation of a
     width refuses statistics that are older, from `model.eval()` on, where a batch norm can tell: its own weight is
     another, and it has counted batches of width 1 in training since. It can not where it has no weight, where that or
-    the norm itself is frozen, and where the width's own statistics are updated in training.
+    the norm itself is frozen, and where the width's own statistics are updated in training. Statistics that are loaded
+    count as those of the weights that they are loaded with.
 
     Args:
         model: a model with SlimBatchNorm2d layers.

@@ -616,7 +616,8 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
             self._add_width(width, as_buffers=False)
         is_of_another = any(prefix + name in state_dict for name in (*self._parameters, *self._names[1.0]))
         loaded = self._loadable(state_dict, prefix, error_msgs)
-        written = {width: written_channels(*(state_dict[key] for key in keys)) for width, keys in loaded.items()}
+        full = f"{prefix}running_mean"
+        written = {width: written_channels(state_dict, keys, full) for width, keys in loaded.items()}
         beside = {name: state_dict.pop(prefix + name) for name in self._beside if prefix + name in state_dict}
         arguments = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(*arguments)

@@ -55,14 +55,18 @@ def negative_variance(state_dict: Mapping[str, Any], key: str) -> str | None:
     return None
 
 
-def written_channels(mean: Tensor, var: Tensor, num_batches: Tensor) -> int | None:
-    """The number of channels that the statistics of a width are of; None where nothing was written to them.
+def written_channels(state_dict: Mapping[str, Any], keys: Sequence[str], full_key: str) -> int | None:
+    """The number of channels that the statistics of those keys are of: the others have what empty statistics have.
 
-    The others have the mean and variance that empty statistics have.
+    full_key: of the running mean of width 1. None where nothing was written, and for copies of the statistics of width
+    1, which are of all channels on purpose.
     """
-    if not all(map(has_values, (mean, var, num_batches))) or not num_batches > 0:
+    mean, var, num_batches = tensors = [state_dict[key] for key in keys]
+    full = state_dict.get(full_key)
+    if not all(map(has_values, tensors)) or not num_batches > 0 or (isinstance(full, Tensor) and _same(mean, full)):
         return None
-    return 1 + int(indices.max()) if len(indices := ((mean != 0) | (var != 1)).nonzero()) else None
+    written = ((mean != 0) | (var != 1)).nonzero()
+    return 1 + int(written.max()) if len(written) else None
 
 
 def has_values(tensor: Any) -> bool:

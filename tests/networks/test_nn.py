@@ -383,6 +383,11 @@ def test_statistics_of_another_divisor_are_refused(divisors):
     assert same[1]._written == {}
     gk.calibrate(model, [0.6], batches())
     evaluate(model, 0.6)
+    state = saved.state_dict()
+    for name in ("running_mean", "running_var"):
+        state[f"1.{name}_0_6"] = state[f"1.{name}"]
+    model.load_state_dict(state)
+    evaluate(model, 0.6)  # copies of the statistics of width 1 are of all channels on purpose
 
 
 @pytest.mark.parametrize(
