@@ -41,7 +41,7 @@ class BelowAutograd {
 
  private:
   struct Guards {
-    at::AutoDispatchBelowAutograd autograd;
+    at::AutoDispatchBelowADInplaceOrView autograd;
     c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
   };
   std::optional<Guards> guards_;
@@ -371,4 +371,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         arg("x"), arg("mean"), arg("var"), arg("gamma"), arg("beta"), arg("batch_stats"), arg("relu"), arg("eps"),
         arg("weight"), arg("bias"), arg("out_channels"), arg("stride"), arg("padding"), arg("dilation"), arg("groups"),
         arg("statistics"), arg("weight_grad") = none());
+  m.def(
+      "has_prehooks",
+      [](const Tensor& parameter) {
+        const auto node = torch::autograd::impl::try_get_grad_accumulator(parameter);
+        return node && !node->pre_hooks().empty();
+      },
+      "Whether the node that adds to a parameter's .grad has hooks that see the gradient before.", arg("parameter"));
 }

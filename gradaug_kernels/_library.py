@@ -167,6 +167,15 @@ def _has_a_buffer(parameter: torch.Tensor) -> bool:
     )
 
 
+def has_prehooks(parameter: torch.Tensor) -> bool:
+    """Whether autograd's node that adds to its .grad has hooks that see the gradient before (`Node.register_prehook`).
+
+    Only native code can tell; without it, no.
+    """
+    library = sys.modules.get("gradaug_kernels._autograd")
+    return library is not None and library.has_prehooks(parameter)
+
+
 def _is_executed(node: Any, if_asked_for: bool) -> bool:
     """Whether the backward pass that runs comes to a node; if_asked_for: a leaf that torch.autograd.grad names."""
     try:
@@ -272,12 +281,22 @@ def batched(op: torch._ops.OpOverload) -> Callable:
 
 
 def not_differentiable(op: torch._ops.OpOverload) -> None:
-    """Let an operator that adds to a buffer refuse to be differentiated, or called inside a function transform."""
+    """Let an operator that adds to a buffer refuse to be differentiated, or called inside a function transform.
+
+    Its calls count as changes in place wherever they come from: code that torch.compile made has no `Destination`.
+    """
+    buffer = next(i for i, argument in enumerate(op._schema.arguments) if argument.is_write)
 
     def refuse(*args):
         raise RuntimeError(f"{_name(op)} adds to a buffer and has no derivative")
 
+    def count_the_change(keyset, *args):
+        torch.autograd.graph.increment_version(args[buffer])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
     _implement_derivatives(op, refuse, refuse)
+    _LIBRARY.impl(_name(op), count_the_change, "ADInplaceOrView", with_keyset=True)
 
 
 def _implement_derivatives(op: torch._ops.OpOverload, apply: Callable, composition: Callable) -> None:
@@ -314,7 +333,7 @@ def _below_autograd(function: Callable, *args):
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
         return function(*args)
-    with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+    with torch._C._AutoDispatchBelowADInplaceOrView(), torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
         return function(*args)
 
 

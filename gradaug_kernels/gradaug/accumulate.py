@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..slim.fuse import saves_memory
-from ..slim.layers import Accumulating, FastSlimConv2d, SlimLinear, may_accumulate
+from ..slim.layers import Accumulating, FastSlimConv2d, SlimLinear, may_accumulate_in_a_step
 
 
 class AccumulateIntoGrad:
@@ -63,7 +63,7 @@ class AccumulateIntoGrad:
     def begin_step(self) -> None:
         """Make the gradients exist, where they are likely to be needed, and the low-precision copies current."""
         weights = {layer: layer._parameters.get("weight") for layer in self.layers}
-        self._weights = {layer: weight for layer, weight in weights.items() if may_accumulate(weight)}
+        self._weights = {layer: weight for layer, weight in weights.items() if may_accumulate_in_a_step(weight)}
         self._versions = {layer: weight._version for layer, weight in self._weights.items()}
         self._attach_buffers()
         copied = [layer for layer, weight in self._weights.items() if self._is_copied(weight)]

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
 
+from .._library import has_prehooks
 from ..ops import slim_batch_norm, slim_conv2d, slim_linear
 from ..ops.slim_batch_norm import slim_batch_norm_record_
 from .chosen_channels import gather_weight
@@ -109,6 +110,11 @@ def may_accumulate(weight: Tensor | None) -> bool:
         and not weight._backward_hooks
         and not weight._post_accumulate_grad_hooks
     )
+
+
+def may_accumulate_in_a_step(weight: Tensor | None) -> bool:
+    """The same of a whole step, for which hooks of autograd's own node are looked at too."""
+    return may_accumulate(weight) and not has_prehooks(weight)
 
 
 class FastSlimConv2d(nn.Conv2d):

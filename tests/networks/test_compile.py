@@ -55,6 +55,44 @@ def test_compiled_step_equals_eager_step(recompute):
     torch.testing.assert_close(torch.stack(losses[1]), torch.stack(losses[0]), rtol=1e-4, atol=1e-5)
 
 
+class EveryLayer(nn.Module):
+    """Convolutions that the norm after, or before, is fused with, and one alone; linear layers of either kind."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12), nn.ReLU()]
+        last = [nn.Conv2d(12, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1)]
+        self.features = nn.Sequential(*layers, *last, nn.Flatten())
+        self.hidden, self.head = nn.Linear(8, 12), nn.Linear(12, 5)
+
+    def forward(self, x):
+        return self.head(self.hidden(self.features(x)).relu())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("part", ["model", "features", "head"])
+def test_compiled_code_adds_to_the_gradients_of_every_step(part, backend, recompute):
+    images, targets = torch.randn(4, 3, 12, 12), torch.arange(4)
+    models = [gk.convert(EveryLayer(), recompute=recompute) for _ in range(2)]
+    steps = []
+    for m, accumulate in zip(models, (True, False), strict=True):
+        optimizer = torch.optim.SGD(m.parameters(), 0.05, momentum=0.9, weight_decay=0.01)
+        network = m
+        if accumulate and part == "model":
+            network = torch.compile(m, backend=backend)
+        elif accumulate:
+            getattr(m, part).compile(backend=backend)
+        steps.append(gk.GradAug(network, optimizer, num_subnets=2, min_width=0.5, accumulate=accumulate))
+    for _ in range(3):
+        for step in steps:
+            step(images, targets)
+        for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+            assert p.grad is not None, name
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_private_widths_make_a_graph_each():
     """And one for all others together: torch._dynamo.config.recompile_limit must be as many."""
     widths = [round(0.5 + 0.05 * i, 2) for i in range(11)]

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import sys
 
 import pytest
 import torch
@@ -258,6 +259,22 @@ def test_a_weight_with_a_hook_is_left_to_autograd(model, x, hook):
     assert len(called) == 3
     for actual, reference in zip(gradients, expected, strict=True):
         torch.testing.assert_close(actual, reference, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif("gradaug_kernels._autograd" not in sys.modules, reason="only native code can tell")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_weight_whose_node_has_a_prehook_is_left_to_autograd(x, recompute):
+    model = bottlenecks(recompute)
+    expected = passes(copy.deepcopy(model), x)
+    nodes = [torch.autograd.graph.get_gradient_edge(layer.weight).node for layer in (model[0], model[3], model[6])]
+    for node in nodes:
+        node.register_prehook(lambda grads: tuple(3 * grad for grad in grads))
+    accumulation = gk.AccumulateIntoGrad(model)
+    accumulation.begin_step()
+    gradients = passes(model, x, accumulation)
+    for (name, _), actual, reference in zip(model.named_parameters(), gradients, expected, strict=True):
+        tripled = 3 if name in ("0.weight", "3.weight", "6.weight") else 1
+        torch.testing.assert_close(actual, tripled * reference, rtol=1e-12, atol=1e-12, msg=name)
 
 
 def test_frozen_weights_get_no_gradient(model, x):
