@@ -292,5 +292,6 @@ class _RunningStatistics:
         for norm in changed:
             norm.track_running_stats = not held
             if isinstance(norm, SlimBatchNorm2d):
+                norm._held = held
                 norm._set_width(norm._slim_width)
         self.held = changed if held else []

@@ -79,6 +79,16 @@ def carry_over_hooks(source: nn.Module, target: nn.Module) -> None:
             hook.module = weakref.ref(target)
 
 
+def _state_outside_of_a_step(layer: nn.Module) -> dict:
+    """What a copy or a pickle of a layer has: nothing of a step in the middle of which it may be made."""
+    state = dict(layer.__dict__)
+    for name in ("_accumulating", "_substitute"):
+        state.pop(name, None)
+    if state.pop("_held", False):
+        state["track_running_stats"] = True
+    return state
+
+
 class Accumulating(NamedTuple):
     """What `AccumulateIntoGrad` knows of a layer's weight."""
 
@@ -247,6 +257,9 @@ class FastSlimConv2d(nn.Conv2d):
         if weight is not None and local_metadata.get("assign_to_params_buffers", False):
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
+    def __getstate__(self) -> dict:
+        return _state_outside_of_a_step(self)
+
     def extra_repr(self) -> str:
         slim = f", divisor={self.divisor}" if self.divisor != 1 else ""
         return super().extra_repr() + slim + ("" if self.slim_out else ", slim_out=False")
@@ -308,6 +321,9 @@ class SlimLinear(nn.Linear):
         weight, bias, weight_grad = _parameters(self)
         return slim_linear(input, weight, bias, out_features, weight_grad)
 
+    def __getstate__(self) -> dict:
+        return _state_outside_of_a_step(self)
+
     def extra_repr(self) -> str:
         slim = f", divisor={self.divisor}" if self.divisor != 1 else ""
         return super().extra_repr() + slim + (", slim_out=True" if self.slim_out else "")
@@ -350,6 +366,7 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
 
     _slim_width = 1.0
     _beside: tuple[str, ...] = ()  # names of the statistics that are not buffers
+    _held = False  # a GradAug step has set track_running_stats to False
     _substitute = None  # "batch" or "full": what it takes in a GradAug step for statistics that it does not have
 
     def __init__(self, *args, widths: tuple[float, ...] = (1.0,), **kwargs):
@@ -684,6 +701,9 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
                         state_dict[new] = state_dict.pop(old)
             found.append(width)
         return found
+
+    def __getstate__(self) -> dict:
+        return _state_outside_of_a_step(self)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + f", widths={self.widths}"
