@@ -33,6 +33,21 @@ class Sampler(Protocol):
         """Run the model as `subnet` from now on; None is the full network."""
 
 
+class FullNetwork:
+    """No sub-networks: plain training, of a model with or without layers of adjustable width."""
+
+    def bind(self, model: nn.Module, num_subnets: int) -> None:
+        self.model = model
+
+    def draw(self, num_subnets: int, generator: torch.Generator) -> list[Any]:
+        return []
+
+    def select(self, subnet: None) -> None:
+        for module in self.model.modules():
+            if hasattr(module, "_set_width"):
+                module._set_width(1.0)
+
+
 class RandomWidth:
     """One width for all layers, the published sampler: min_width, and uniform draws from [min_width, 1).
 
@@ -252,7 +267,8 @@ class RandomDepth:
                 f"random depth needs a model of gradaug_kernels.models.ResidualStage, got {type(model).__name__} "
                 "without any"
             )
-        self.statistics = _RunningStatistics(model)
+        self.statistics, self.full = _RunningStatistics(model), FullNetwork()
+        self.full.bind(model, num_subnets)
         self.select(None)
 
     @property
@@ -267,6 +283,8 @@ class RandomDepth:
         return sorted((tuple(row) for row in kept.tolist()), key=sum, reverse=True)
 
     def select(self, subnet: tuple[bool, ...] | None) -> None:
+        if subnet is None:
+            self.full.select(None)
         self.statistics.hold(subnet is not None)
         for block, kept in zip(self.blocks, subnet or (True,) * len(self.blocks), strict=True):
             block.skipped = not kept

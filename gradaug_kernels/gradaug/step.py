@@ -9,7 +9,7 @@ transformed copies of it, which learn to give the full network's answer. All gra
     step along the gradient of L_0 + L_1 + ... + L_n,  t held constant
 """
 
-import inspect
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -17,12 +17,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from ..slim.layers import SlimBatchNorm2d
+from . import checks
 from .accumulate import AccumulateIntoGrad
 from .divergence import kl_divergence
 from .finite import WholeStep
-from .sampler import RandomWidth, Sampler
+from .sampler import FullNetwork, RandomWidth, Sampler
+
+_GENERATORS = threading.RLock()  # torch's global ones, while a transform draws from them
 
 
 class SubnetDraw(NamedTuple):
@@ -74,7 +78,8 @@ class GradAug:
         resolutions: sizes in pixels, one drawn for each sub-network, to which the square batch is resized
             (bilinear, align_corners); the published settings list the full one too. None leaves the batch as it is.
         transforms: callables from a batch of images [N, C, H, W] to one, one drawn for each sub-network and applied
-            before the resize. They may use torch's global generators.
+            before the resize. They may use torch's global generators, for which steps in several threads wait for each
+            other; what other threads draw from them meanwhile is not as it would be alone.
         distinct_transforms: give the sub-networks of a step different transforms, of which there must be enough.
         criterion: the full network's loss of (logits, targets), a scalar.
         subnet_loss: of (teacher probabilities [N, classes, ...], logits), a scalar such as `alpha_divergence`, which is
@@ -100,7 +105,8 @@ class GradAug:
     Raises:
         ValueError: for settings outside their range, a model that the sampler cannot sample, an optimizer of other
             parameters or a scheduler of another optimizer.
-        TypeError: for an optimizer or a scheduler whose step needs arguments, or a torch.nn.DataParallel.
+        TypeError: for settings of another kind, an optimizer or a scheduler whose step needs arguments, or a
+            torch.nn.DataParallel.
 
     Example:
         >>> step = GradAug(model, optimizer, num_subnets=3, min_width=0.9, resolutions=(224, 192, 160, 128))
@@ -131,26 +137,27 @@ class GradAug:
         frozen_norm: str = "batch",
         seed: int = 0,
     ):
-        if num_subnets < 0:
-            raise ValueError(f"num_subnets must be at least 0, got {num_subnets}")
-        _check_one_of("reduction", reduction, ("sum", "mean"))
-        _check_images(resolutions, transforms, distinct_transforms, num_subnets)
-        _check_subnet_loss(subnet_loss, temperature)
-        weights = (subnet_weight,) * num_subnets if isinstance(subnet_weight, float | int) else subnet_weight
-        if len(weights) != num_subnets or min(weights, default=0) < 0:
-            raise ValueError(f"subnet_weight must be one or {num_subnets} numbers of at least 0, got {subnet_weight}")
-        _check_one_of("on_nonfinite", on_nonfinite, ("skip", "raise"))
-        _check_one_of("frozen_norm", frozen_norm, ("batch", "full"))
-        _check_model_and_optimizer(model, optimizer)
-        if num_subnets > 0 and getattr(model, "static_graph", False):
-            raise ValueError("model must be in DistributedDataParallel without static_graph, got one with it")
-        _check_scheduler(scheduler, optimizer)
+        checks.check_number_of_subnets(num_subnets)
+        checks.check_one_of("reduction", reduction, ("sum", "mean"))
+        transforms = checks.callables("transforms", transforms)
+        checks.check_images_of_subnets(resolutions, transforms, distinct_transforms, num_subnets)
+        checks.check_callable("criterion", criterion)
+        checks.check_subnet_loss(subnet_loss, temperature)
+        weights = checks.weight_of_each(subnet_weight, num_subnets)
+        checks.check_one_of("autocast_dtype", autocast_dtype, (None, torch.bfloat16, torch.float16))
+        checks.check_one_of("on_nonfinite", on_nonfinite, ("skip", "raise"))
+        checks.check_one_of("frozen_norm", frozen_norm, ("batch", "full"))
+        checks.check_integer("seed", seed)
+        checks.check_model_and_optimizer(model, optimizer, num_subnets)
+        checks.check_scheduler(scheduler, optimizer)
+        sampler = RandomWidth(min_width) if sampler is None else sampler
+        checks.check_sampler(sampler)
         self.model = model
         self.optimizer = optimizer
         self.num_subnets = num_subnets
-        self.sampler = RandomWidth(min_width) if sampler is None else sampler
+        self.sampler = sampler if num_subnets > 0 else FullNetwork()
         self.resolutions = resolutions
-        self.transforms = tuple(transforms)
+        self.transforms = transforms
         self.distinct_transforms = distinct_transforms
         self.criterion = criterion
         self.subnet_loss = subnet_loss
@@ -163,8 +170,9 @@ class GradAug:
         self.frozen_norm = frozen_norm
         self.whole_step = WholeStep(model, optimizer, raises=on_nonfinite == "raise")
         self.generator = torch.Generator().manual_seed(seed)
-        if num_subnets > 0:
-            self.sampler.bind(model, num_subnets)
+        self.distributed = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+        self.trained = checks.held_by(optimizer) & set(model.parameters())
+        self.sampler.bind(model, num_subnets)
 
     def __call__(self, images: Tensor, targets: Tensor, draws: Sequence[SubnetDraw] | None = None) -> StepLosses:
         """One step: all backward passes, the optimizer's step and the scheduler's.
@@ -175,14 +183,18 @@ class GradAug:
             draws: those of an earlier step, to repeat it; None draws anew.
 
         Raises:
-            TypeError: for images that are not floating point, or a model that returns no tensor.
-            ValueError: for images that are not square where they are to be resized.
+            TypeError: for images that are not floating point, a model or a loss that returns no tensor, or other draws.
+            ValueError: for images that are not square where they are to be resized, a loss that is no scalar, a model,
+                transform or loss that writes into what later passes read, or parameters that the optimizer does not
+                hold, as after load_state_dict(assign=True).
+            RuntimeError: inside torch.no_grad, torch.inference_mode or DistributedDataParallel.no_sync.
             FloatingPointError: if on_nonfinite is "raise".
         """
-        if not images.is_floating_point():
-            raise TypeError(f"images must be floating point (normalised), got {images.dtype}")
-        if self.resolutions is not None and images.shape[-1] != images.shape[-2]:
-            raise ValueError(f"images must be square to be resized, got {images.shape[-2]} x {images.shape[-1]} pixels")
+        checks.check_batch(images, targets, is_resized=self.resolutions is not None)
+        checks.check_surroundings(self.distributed)
+        checks.check_trained(self.optimizer)
+        if draws is not None:
+            checks.check_draws(draws, SubnetDraw, self.num_subnets, len(self.transforms))
         x, y = images, targets
         draws = tuple(self.draw() if draws is None else draws)
         losses = {}
@@ -190,10 +202,10 @@ class GradAug:
         with self._passes():
             with self._network(None, last=not draws) as N:
                 z_0 = N(x)
+                t, logits = self._teacher(z_0.detach()), z_0.detach().clone()  # a criterion may write into z_0
                 L_0 = self._full_loss(z_0, y)
                 (self.loss_weight * L_0).backward()
             losses["loss of the full network"] = L_0.detach()
-            t = self._teacher(z_0.detach())
 
             subnets = zip(draws, self._transformed(x, draws), self.subnet_weights, strict=True)
             for i, (draw, x_i, weight) in enumerate(subnets, 1):
@@ -207,7 +219,7 @@ class GradAug:
         if self.scheduler is not None:
             self.scheduler.step()
         full_loss, *subnet_losses = losses.values()
-        return StepLosses(full_loss, tuple(subnet_losses), z_0.detach(), draws, skipped)
+        return StepLosses(full_loss, tuple(subnet_losses), logits, draws, skipped)
 
     @property
     def skipped(self) -> int:
@@ -239,14 +251,18 @@ class GradAug:
 
     def _logits(self, images: Tensor) -> Tensor:
         """Those of the network as it is."""
-        with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+        autocast = torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
+        with autocast, checks.left_alone(images, "model", "its images"):
             logits = self.model(images)
         if not isinstance(logits, Tensor):
             raise TypeError(f"model must return logits [N, classes, ...] as a tensor, got {type(logits).__name__}")
         return logits
 
     def _full_loss(self, z: Tensor, y: Tensor) -> Tensor:
-        return self.criterion(self._in_full_precision(z), y)
+        shared = self.subnet_loss == "cross_entropy" and isinstance(y, Tensor)
+        with checks.left_alone(y, "criterion", "its targets") if shared else nullcontext():
+            loss = self.criterion(self._in_full_precision(z), y)
+        return checks.scalar(loss, "criterion")
 
     def _teacher(self, z: Tensor) -> Tensor:
         return F.softmax(self._in_full_precision(z) / self.temperature, dim=1)
@@ -254,7 +270,9 @@ class GradAug:
     def _subnet_loss(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
         if self.subnet_loss == "cross_entropy":
             return self._full_loss(z, y)
-        return self.temperature**2 * self.subnet_loss(t, self._in_full_precision(z) / self.temperature)
+        with checks.left_alone(t, "subnet_loss", "the teacher's probabilities"):
+            loss = self.subnet_loss(t, self._in_full_precision(z) / self.temperature)
+        return self.temperature**2 * checks.scalar(loss, "subnet_loss")
 
     def _in_full_precision(self, logits: Tensor) -> Tensor:
         return logits if self.autocast_dtype is None else logits.float()
@@ -271,14 +289,14 @@ class GradAug:
             for norm in norms:
                 norm._substitute = self.frozen_norm
             yield
+            checks.check_gradients(self.model, self.optimizer, self.trained)
         except BaseException:
             self.whole_step.abandon()
             raise
         finally:
             for norm in norms:
                 norm._substitute = None
-            if self.num_subnets > 0:
-                self.sampler.select(None)
+            self.sampler.select(None)
         if self.accumulation is not None:
             self.accumulation.end_step()
 
@@ -288,8 +306,7 @@ class GradAug:
 
         DistributedDataParallel exchanges gradients in the last pass of a step only, which must be autograd's then.
         """
-        if self.num_subnets > 0:
-            self.sampler.select(subnet)
+        self.sampler.select(subnet)
         distributed, accumulation = hasattr(self.model, "no_sync"), self.accumulation
         if accumulation is not None and distributed and last:
             accumulation.end_step()
@@ -302,7 +319,7 @@ class GradAug:
         resized: dict[int | None, Tensor] = {None: images, images.shape[-1]: images}
         for draw in draws:
             if draw.transform is not None:
-                with _seeded(draw.seed, images.device):
+                with _seeded(draw.seed, images.device), checks.left_alone(images, "transforms", "the batch's images"):
                     transformed = self.transforms[draw.transform](images)
                 yield transformed if draw.resolution is None else _resize(transformed, draw.resolution)
                 continue
@@ -325,63 +342,10 @@ def _resize(images: Tensor, resolution: int) -> Tensor:
 
 @contextmanager
 def _seeded(seed: int, device: torch.device):
-    """In the with-block torch's global generators start from `seed`; afterwards they are as before."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    """In the with-block torch's global generators start from `seed`; afterwards they are as before.
+
+    Steps in other threads wait; whatever else draws from these generators meanwhile interferes.
+    """
+    with _GENERATORS, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-def _check_one_of(name: str, value: Any, known: tuple[str, str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be {known[0]!r} or {known[1]!r}, got {value!r}")
-
-
-def _check_images(
-    resolutions: Sequence[int] | None, transforms: Sequence, distinct_transforms: bool, num_subnets: int
-) -> None:
-    """Raises ValueError where the sub-networks' images cannot be made."""
-    if resolutions is not None and (len(resolutions) == 0 or min(resolutions) < 1):
-        raise ValueError(f"resolutions must be positive numbers of pixels, got {tuple(resolutions)}")
-    if distinct_transforms and len(transforms) < num_subnets:
-        raise ValueError(f"transforms must be at least {num_subnets} to be distinct, got {len(transforms)}")
-
-
-def _check_subnet_loss(subnet_loss: Callable | str, temperature: float) -> None:
-    if not callable(subnet_loss) and subnet_loss != "cross_entropy":
-        raise ValueError(f"subnet_loss must be callable or 'cross_entropy', got {subnet_loss!r}")
-    if not temperature > 0 or (temperature != 1 and subnet_loss == "cross_entropy"):
-        raise ValueError(f"temperature must be positive, and 1 for subnet_loss 'cross_entropy', got {temperature}")
-
-
-def _check_model_and_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Raises TypeError or ValueError where a step cannot be taken with them."""
-    if isinstance(model, nn.DataParallel):
-        raise TypeError("model must be in DistributedDataParallel to use several devices, got a DataParallel")
-    if not _steps_without_arguments(optimizer):
-        raise TypeError(f"optimizer must step without a closure, got {type(optimizer).__name__}")
-    if isinstance(optimizer, torch.optim.SparseAdam):
-        raise TypeError("optimizer must take dense gradients, got SparseAdam")
-    if any(group.get("differentiable") for group in optimizer.param_groups):
-        raise ValueError(f"optimizer must not be differentiable, got {type(optimizer).__name__}(differentiable=True)")
-    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    if held.isdisjoint(model.parameters()):
-        raise ValueError(f"optimizer must hold parameters of the model, got {len(held)} others")
-
-
-def _check_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Raises TypeError or ValueError where it cannot be stepped with the optimizer."""
-    if scheduler is None:
-        return
-    if not _steps_without_arguments(scheduler):
-        raise TypeError(f"scheduler must step without a metric, got {type(scheduler).__name__}")
-    of = getattr(scheduler, "optimizer", optimizer)
-    if of is not optimizer and of.param_groups is not optimizer.param_groups:
-        raise ValueError(f"scheduler must be one of the optimizer given, got one of another {type(of).__name__}")
-
-
-def _steps_without_arguments(what: Any) -> bool:
-    try:
-        inspect.signature(type(what).step).bind(what)  # a scheduler wraps its optimizer's own attribute
-    except TypeError:
-        return False
-    return True

@@ -129,6 +129,13 @@ def worker(rank, folder):
         train(DistributedDataParallel(m, static_graph=True), m.parameters(), images, targets)
     except ValueError as error:
         states["static graph"] = str(error)
+    m = model()
+    network = DistributedDataParallel(m)
+    try:
+        with network.no_sync():
+            train(network, m.parameters(), images, targets)
+    except RuntimeError as error:
+        states["no sync"] = str(error)
     torch.save(states, f"{folder}/{rank}.pt")
     # A wrapped model that outlives its process group makes torch abort at exit now and then, without us too.
     gc.collect()
@@ -184,3 +191,9 @@ def test_processes_skip_a_step_together(states):
 def test_a_static_graph_is_refused(states):
     for state in states:
         assert state["static graph"] == "model must be in DistributedDataParallel without static_graph, got one with it"
+
+
+def test_a_step_without_an_exchange_of_gradients_is_refused(states):
+    for state in states:
+        expected = "a step must exchange its gradients, got one inside DistributedDataParallel.no_sync"
+        assert state["no sync"] == expected

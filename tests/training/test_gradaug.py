@@ -1,6 +1,8 @@
 """The training step: equal to an independent plain-PyTorch one, drawn from one generator, and resumable."""
 
 import copy
+import threading
+import time
 
 import pytest
 import torch
@@ -239,6 +241,63 @@ def test_no_subnets_is_plain_training():
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("of", ["the full network", "a sub-network"])
+@pytest.mark.parametrize("sampler", [gk.RandomWidth, lambda a: gk.RandomChannels(gk.RandomWidth(a))])
+def test_a_copy_made_inside_a_step_is_a_model_outside_of_one(of, sampler):
+    copies = []
+
+    def criterion(z, y):
+        copies.append(copy.deepcopy(model))
+        return F.cross_entropy(z, y)
+
+    def subnet_loss(t, z):
+        copies.append(copy.deepcopy(model))
+        return gk.kl_divergence(t, z)
+
+    model = gk.convert(small_bottlenecks())
+    model.layer1[0].bn1.eval()
+    images, targets = next(batches(1))
+    options = {"criterion": criterion} if of == "the full network" else {"subnet_loss": subnet_loss}
+    gk.GradAug(model, sgd(model), num_subnets=1, sampler=sampler(0.5), **options)(images, targets)
+    made = gk.set_width(copies[0], 1.0) or copies[0]
+    assert all(layer._accumulating is None for layer in made.modules() if hasattr(layer, "_accumulating"))
+    assert made.bn1.track_running_stats
+    counted = made.bn1.num_batches_tracked.item()
+    made(images)
+    assert made.bn1.num_batches_tracked == counted + 1
+    with gk.use_width(made.eval(), 0.77), pytest.raises(RuntimeError, match=r"needs the statistics of width 0\.77"):
+        made(images)
+    with gk.use_width(model.eval(), 0.77), pytest.raises(RuntimeError, match=r"needs the statistics of width 0\.77"):
+        model(images)
+
+
+def test_steps_in_two_threads_draw_their_own_noise():
+    def train(model, barrier=None):
+        step = gk.GradAug(model, sgd(model), num_subnets=2, transforms=(noise,))
+        for images, targets in batches(3):
+            if barrier is not None:
+                barrier.wait()
+            step(images, targets)
+
+    def noise(images):
+        first = torch.randn_like(images)
+        time.sleep(0.01)  # another thread would draw in between
+        return images + first + torch.randn_like(images)
+
+    models = [gk.convert(small_resnet()) for _ in range(2)]
+    expected = copy.deepcopy(models[0])
+    train(expected)
+    barrier = threading.Barrier(2)
+    threads = [threading.Thread(target=train, args=(model, barrier)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for model in models:
+        for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
 def test_soft_targets_and_autocast():
     model = gk.convert(small_resnet().float())
     step = gk.GradAug(model, sgd(model), autocast_dtype=torch.bfloat16)
@@ -265,20 +324,42 @@ def test_kl_divergence_has_the_gradient_of_soft_cross_entropy():
         ({"resolutions": ()}, r"resolutions must be positive numbers of pixels, got \(\)"),
         ({"reduction": "average"}, "reduction must be 'sum' or 'mean', got 'average'"),
         ({"subnet_loss": "l2"}, "subnet_loss must be callable or 'cross_entropy', got 'l2'"),
+        ({"num_subnets": 1.5}, r"num_subnets must be an integer, got 1\.5"),
+        ({"num_subnets": "2"}, "num_subnets must be an integer, got '2'"),
+        ({"resolutions": 12}, "resolutions must be positive numbers of pixels, got 12"),
+        ({"resolutions": (8.5,)}, r"resolutions must be positive numbers of pixels, got \(8\.5,\)"),
+        ({"seed": 1.5}, r"seed must be an integer, got 1\.5"),
+        ({"criterion": None}, "criterion must be callable, got None"),
+        ({"transforms": 5}, "transforms must be a sequence of callables, got 5"),
+        ({"transforms": flip}, "transforms must be a sequence of callables, got <function flip"),
+        ({"transforms": (flip, 5)}, r"transforms must be a sequence of callables, got \(<function flip.*, 5\)"),
+        ({"scheduler": 5}, "scheduler must step without a metric, got int"),
+        ({"sampler": 0.5}, r"sampler must have bind, draw and select, got 0\.5"),
+        ({"autocast_dtype": "bf16"}, r"autocast_dtype must be None, torch\.bfloat16 or torch\.float16, got 'bf16'"),
+        ({"autocast_dtype": torch.float64}, r"autocast_dtype must be None, .* or torch\.float16, got torch\.float64"),
+        ({"temperature": float("inf")}, "temperature must be positive, finite, .* got inf"),
+        ({"temperature": "2"}, "temperature must be positive, finite, .* got '2'"),
+        ({"subnet_weight": float("nan")}, "subnet_weight must be one or 3 finite numbers of at least 0, got nan"),
+        ({"subnet_weight": (1, 1, float("inf"))}, r"one or 3 finite numbers of at least 0, got \(1, 1, inf\)"),
+        ({"subnet_weight": "1"}, "one or 3 finite numbers of at least 0, got '1'"),
         ({"temperature": 0}, "temperature must be positive, .* got 0"),
         ({"temperature": 2, "subnet_loss": "cross_entropy"}, "and 1 for subnet_loss 'cross_entropy', got 2"),
-        ({"subnet_weight": (1, 2)}, r"subnet_weight must be one or 3 numbers of at least 0, got \(1, 2\)"),
+        ({"subnet_weight": (1, 2)}, r"subnet_weight must be one or 3 finite numbers of at least 0, got \(1, 2\)"),
         ({"distinct_transforms": True, "transforms": (flip,)}, "transforms must be at least 3 to be distinct, got 1"),
     ],
 )
 def test_bad_settings(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         linear_step(**options)
 
 
 def test_bad_images_and_models():
     with pytest.raises(ValueError, match="layers of adjustable width, got Linear without any"):
         gk.GradAug(plain := nn.Linear(2, 2), sgd(plain))
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got None"):
+        gk.GradAug(None, sgd(plain))
+    with pytest.raises(TypeError, match="optimizer must step without a closure, got int"):
+        gk.GradAug(plain, 5)
     layers = (nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 6, 2))
     model = gk.convert(nn.Sequential(*layers), example=(2, 3, 2, 3))
     step = gk.GradAug(model, sgd(model), resolutions=(2, 3))
@@ -286,6 +367,168 @@ def test_bad_images_and_models():
         step(torch.zeros(2, 3, 2, 3, dtype=torch.uint8), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="images must be square to be resized, got 2 x 3 pixels"):
         step(torch.zeros(2, 3, 2, 3), torch.tensor([0, 1]))
+    with pytest.raises(TypeError, match="images must be a tensor, got list"):
+        step([0.0], torch.tensor([0, 1]))
+    with torch.inference_mode():
+        images, targets = torch.zeros(2, 3, 2, 2), torch.tensor([0, 1])
+    with pytest.raises(TypeError, match=r"images must be made outside of torch\.inference_mode, got an inference"):
+        step(images, targets)
+    with pytest.raises(TypeError, match=r"targets must be made outside of torch\.inference_mode, got an inference"):
+        step(images.clone(), targets)
+
+
+# ---- what is refused when the step is called
+
+
+def refused_step(error, message, call=None, **options):
+    """A step that is refused leaves model and optimizer as they were. Returns it."""
+    model = gk.convert(small_resnet())
+    optimizer = sgd(model)
+    before = copy.deepcopy(model.state_dict())
+    step = gk.GradAug(model, optimizer, **{"num_subnets": 2, "min_width": 0.5, **options})
+    with pytest.raises(error, match=message):
+        (call or (lambda step, batch: step(*batch)))(step, next(batches(1)))
+    for key, value in before.items():
+        assert torch.equal(model.state_dict()[key], value), key
+    assert not optimizer.state
+    return step
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_step_without_gradients(context):
+    def call(step, batch):
+        with context():
+            step(*batch)
+
+    refused_step(RuntimeError, r"a step must be taken with gradients enabled, got torch\.no_grad or", call)
+
+
+@pytest.mark.parametrize(
+    ("draws", "message"),
+    [
+        ([0.7, 0.5], r"draws must be SubnetDraws of an earlier step, got \[0\.7, 0\.5\]"),
+        ([gk.SubnetDraw(0.5, None, None, 0)], "draws must be 2, one for each sub-network, got 1"),
+        (2 * [gk.SubnetDraw(0.5, None, 1, 0)], "draws must name one of 1 transforms, got number 1"),
+    ],
+)
+def test_draws_of_another_step(draws, message):
+    call = lambda step, batch: step(*batch, draws=draws)  # noqa: E731
+    refused_step((TypeError, ValueError), message, call, transforms=(flip,))
+
+
+@pytest.mark.parametrize("of", ["criterion", "subnet_loss"])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda z: z.square().mean(1), r"{} must return a scalar, got shape \(6,\); reduce it over the batch"),
+        (lambda z: float(z.sum()), "{} must return a scalar tensor, got float"),
+        (lambda z: z.detach().sum(), "{} must return a scalar with a gradient, got one without"),
+    ],
+    ids=["not reduced", "number", "detached"],
+)
+def test_losses_without_a_backward_pass(of, spoil, message):
+    loss = (lambda z, y: spoil(z)) if of == "criterion" else (lambda t, z: spoil(z))
+    refused_step((TypeError, ValueError), message.format(of), **{of: loss})
+
+
+class InPlace(nn.Module):
+    """Normalises its images, in place or not, from the second call on."""
+
+    def __init__(self, late):
+        super().__init__()
+        self.net, self.calls = small_resnet(), -late
+
+    def forward(self, x):
+        self.calls += 1
+        return self.net(x.sub_(0.5) if self.calls > 0 else x - 0.5)
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_model_that_changes_its_images(late):
+    model = gk.convert(InPlace(100))
+    model.calls = -late
+    step = gk.GradAug(model, sgd(model), num_subnets=2)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="model must leave its images as they are, got them changed in place"):
+        step(*next(batches(1)))
+    for key, value in before.items():
+        assert torch.equal(model.state_dict()[key], value), key
+
+
+def test_transforms_and_losses_that_change_what_later_passes_read():
+    refused_step(ValueError, "transforms must leave the batch's images as they are, got", transforms=(torch.relu_,))
+
+    def spoil_teacher(t, z):
+        return gk.kl_divergence(t.clamp_(min=0.2), z)
+
+    refused_step(ValueError, "subnet_loss must leave the teacher's probabilities as", subnet_loss=spoil_teacher)
+
+    def smooth(z, y):
+        return F.cross_entropy(z, y.mul_(0.9))
+
+    def call(step, batch):
+        step(batch[0], F.one_hot(batch[1], 10).double())
+
+    refused_step(ValueError, "criterion must leave its targets as", call, criterion=smooth, subnet_loss="cross_entropy")
+
+
+def test_a_criterion_with_a_margin_in_place():
+    """The teacher's logits, and those returned, are the model's."""
+
+    def margin(z, y):
+        z[torch.arange(len(y)), y] -= 2.0
+        return F.cross_entropy(z, y)
+
+    model = gk.convert(small_resnet())
+    twin = copy.deepcopy(model)
+    images, targets = next(batches(1))
+    losses = gk.GradAug(model, sgd(model), criterion=margin)(images, targets)
+    expected = gk.GradAug(twin, sgd(twin), criterion=lambda z, y: margin(z.clone(), y))(images, targets)
+    assert torch.equal(losses.logits, expected.logits)
+    assert torch.equal(torch.stack(losses.subnets), torch.stack(expected.subnets))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+# ---- what is trained
+
+
+def test_parameters_that_were_replaced_are_noticed():
+    model = gk.convert(small_resnet())
+    optimizer = sgd(model)
+    step = gk.GradAug(model, optimizer, num_subnets=1)
+    batch = next(batches(1))
+    step(*batch)
+    model.fc.weight = nn.Parameter(model.fc.weight.detach().clone())
+    with pytest.raises(ValueError, match="optimizer must hold the model's parameters, got 1 that the model has no"):
+        step(*batch)
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    with pytest.raises(ValueError, match=r"that the model has no longer; make it after .* load_state_dict\(assign"):
+        step(*batch)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    optimizer.state.clear()
+    before = model.fc.weight.detach().clone()
+    step(*batch)
+    assert not torch.equal(model.fc.weight, before)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"optimizer must hold parameters that require gradients, got \d+ frozen ones"):
+        step(*batch)
+
+
+@pytest.mark.parametrize("options", [{"num_subnets": 0}, {"sampler": "depth"}], ids=["no subnets", "depth"])
+def test_a_width_set_before_is_not_trained(options):
+    states = []
+    for width in (1.0, 0.5):
+        torch.manual_seed(0)
+        model = gk.convert(CifarResNet(8, base_width=4)).double()
+        sampler = gk.RandomDepth(0.5) if "sampler" in options else None
+        step = gk.GradAug(model, sgd(model), **{**options, "sampler": sampler})
+        gk.set_width(model, width)
+        step(*next(batches(1)))
+        states.append(model.state_dict())
+        assert all(module._slim_width == 1 for module in model.modules() if hasattr(module, "_slim_width"))
+    for name, value in states[0].items():
+        assert torch.equal(states[1][name], value), name
 
 
 # ---- what has part in a step
