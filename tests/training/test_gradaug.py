@@ -421,7 +421,7 @@ def test_draws_of_another_step(draws, message):
     ("spoil", "message"),
     [
         (lambda z: z.square().mean(1), r"{} must return a scalar, got shape \(6,\); reduce it over the batch"),
-        (lambda z: float(z.sum()), "{} must return a scalar tensor, got float"),
+        (lambda z: float(z.detach().sum()), "{} must return a scalar tensor, got float"),
         (lambda z: z.detach().sum(), "{} must return a scalar with a gradient, got one without"),
     ],
     ids=["not reduced", "number", "detached"],

@@ -199,7 +199,10 @@ def test_plain_training_bf16_and_held_out_images(command, no_curves, tmp_path):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samplers_by_name(command, no_curves, tmp_path, sampler):
-    assert command("--out", tmp_path / "out", "--epochs", 1, "--set", f"gradaug.sampler={sampler}")[0] == 0
+    settings = (f"gradaug.sampler={sampler}", "gradaug.min_width=0.5")
+    words = [word for text in settings for word in ("--set", text)]
+    assert command("--out", tmp_path / "out", "--epochs", 1, *words)[0] == 0
+    assert command("--out", tmp_path / "out", "--epochs", 1, "--resume", *words)[0] == 0
 
 
 @pytest.mark.parametrize("sampler", ["width", "layer_width"])
