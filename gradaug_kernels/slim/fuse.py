@@ -2,17 +2,17 @@
 
 Each module that calls a SlimBatchNorm2d directly is traced on its own with torch.fx, its children as leaves, and its
 forward is replaced by one that calls the batch norm with the residual and the ReLU, and runs convolutions, batch norms
-and max pooling that follow each other as one chain (chain.py). Nothing else of the module changes: its class stays a
-subclass of what it was, its children, parameters, state_dict and hooks are the same. Where it is no longer what was
-traced, because a layer was replaced or has a hook, it runs its own forward again.
+and max pooling that follow each other as one chain (fused_chain.py). Nothing else of the module changes: its class
+stays a subclass of what it was, its children, parameters, state_dict and hooks are the same. Only code that does what
+was traced in every run is fused (tracing.py), and where it is no longer what was traced, because a layer was replaced
+or has a hook or what the code read has changed, it runs its own forward again.
 """
 
 import copy
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator
-from types import BuiltinFunctionType, FunctionType
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from torch.nn.modules import module as nn_module
 
 from .fused_chain import run_chain
 from .layers import FastSlimConv2d, SlimBatchNorm2d
-from .tracing import Tracer
+from .tracing import FaithfulTracer, same
 
 _RELU_CALLS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
 _ADD_CALLS = {operator.add, torch.add, "add"}
@@ -35,10 +35,20 @@ def fuse(model: nn.Module, recompute: bool = False) -> nn.Module:
     pooling that follows apply the batch norm where it reads its input, where the model's code shows them.
 
     Of a chain conv, norm, ReLU, conv, ... the backward pass then keeps the convolutions' results alone. A batch norm
-    whose output has other uses stays a layer of its own. A module whose forward cannot be traced, or does something
-    else in training than in evaluation, is left as it is; `fused_chains` tells. A module runs its own forward, unfused,
-    while torch.fx traces it, and as long as one of its layers is another than the one that was traced, has hooks, or a
-    number, string or function among the module's attributes has changed.
+    whose output has other uses stays a layer of its own. `fused_chains` tells what was found.
+
+    A module runs its own code, as it did before, if that could do something else in another run than in the two that
+    are traced, one in training and one in evaluation, or does what a graph of operators does not show: random numbers
+    of Python, NumPy or `torch.rand`; `no_grad`, `autocast`, checkpoints, autograd functions, and questions whether they
+    are active; attributes or variables that are written, or that hold lists, dictionaries and the like; `vars(self)`;
+    the class or identity of a value; caught exceptions; imports; functions in C or of PyTorch's Python code other than
+    those of tensors; anything that cannot be traced or differs between training and evaluation, such as
+    `F.dropout(x, training=self.training)` (`nn.Dropout` does not). What a layer does inside its own call is no matter.
+
+    A fused module runs its own code in calls with other arguments than tensors for those without a default, while
+    torch.fx traces it, and as long as one of its layers is another than the one that was traced, has hooks, or a
+    number, string, function or method that the code read (of a module, a class or a Python module) has changed. Not
+    noticed are Python functions outside of modules that are replaced by others of their name.
 
     Args:
         model: a model with SlimBatchNorm2d layers; `convert` calls this on its result. Changed in place.
@@ -78,10 +88,10 @@ def _batch_norms(module: nn.Module) -> set[str]:
 
 
 def _fuse_module(module: nn.Module, recompute: bool) -> None:
-    graph = _trace(module)
-    if graph is None:
+    trace = _trace(module)
+    if trace is None:
         return
-    traced = _Traced.of(module, graph)
+    graph, traced = trace.graph, _Traced.of(module, trace)
     chains = {node.target: chain for node, chain in _join_adds_and_relus(graph, module)}
     for nodes in _find_chains(graph, module):
         chains |= _replace_chain(graph, module, nodes, recompute)
@@ -89,11 +99,12 @@ def _fuse_module(module: nn.Module, recompute: bool) -> None:
         return
     graph.lint()
     fused, original = fx.GraphModule(module, graph).__class__.forward, type(module)
-    own = original.forward
+    own, arguments = original.forward, len(trace.names)
 
     @functools.wraps(own)
     def forward(self, *args, **kwargs):
-        if original.forward is not own or _calls_of_fx(args) or not self._traced.is_still_true(self):
+        are_traced = len(args) + len(kwargs) == arguments and _are_tensors(args) and _are_tensors(kwargs.values())
+        if original.forward is not own or not are_traced or not self._traced.is_still_true(self):
             return original.forward(self, *args, **kwargs)
         return fused(self, *args, **kwargs)
 
@@ -103,12 +114,12 @@ def _fuse_module(module: nn.Module, recompute: bool) -> None:
     )
 
 
-def _calls_of_fx(args: tuple) -> bool:
-    return any(arg.__class__ is not Tensor and isinstance(arg, fx.Proxy) for arg in args)
+def _are_tensors(args: Iterable) -> bool:
+    return all([isinstance(arg, Tensor) for arg in args])  # a list takes half the time of a generator for one
 
 
 class _Called(NamedTuple):
-    """A module that the traced code calls: siblings[name] is it."""
+    """A module that the traced code calls, or reads: siblings[name] is it."""
 
     siblings: dict[str, nn.Module]
     name: str
@@ -120,49 +131,43 @@ class _Traced(NamedTuple):
     """What must be as it was for the fused forward to be the module's own."""
 
     called: tuple[_Called, ...]
-    read: tuple[tuple[str, Any], ...]  # attributes of the module itself that its code may have read
-    required: tuple[tuple[Callable[[nn.Module], bool], nn.Module], ...]
+    read: tuple[tuple[nn.Module | None, str, Any], ...]  # attributes that its code read; None stands for the module
+    required: tuple[tuple[Callable[[nn.Module], bool], nn.Module | None], ...]
 
     @classmethod
-    def of(cls, module: nn.Module, graph: fx.Graph) -> "_Traced":
-        called: dict[str, _Called] = {}
-        for node in graph.nodes:
+    def of(cls, module: nn.Module, trace: "_Trace") -> "_Traced":
+        children = dict(trace.children)
+        for node in trace.graph.nodes:
             if node.op == "call_module":
-                owner, path = module, ""
+                owner = module
                 for name in node.target.split("."):
-                    child, path = owner._modules[name], f"{path}.{name}"
-                    called[path] = _Called(owner._modules, name, child, type(child))
-                    owner = child
-        attributes = vars(module).items()
-        read = [(n, v) for n, v in attributes if _is_plain(v) and n[:1] != "_" and n != "training"]
+                    children[id(owner), name] = owner, name, owner._modules[name]
+                    owner = owner._modules[name]
+        called = tuple(_Called(owner._modules, name, child, type(child)) for owner, name, child in children.values())
         required = [
             (condition, call.module)
-            for call in called.values()
+            for call in called
             for kind, condition in _REQUIRED.items()
             if call.kind is kind and condition(call.module)
         ]
-        return cls(tuple(called.values()), tuple(read), tuple(required))
+        # Without the module itself, which would then be freed by the garbage collector alone.
+        read = [(None if of is module else of, name, value) for of, name, value in trace.values.values()]
+        required += [(condition, None if of is module else of) for condition, of in trace.required.values()]
+        return cls(called, tuple(read), tuple(required))
 
     def is_still_true(self, module: nn.Module) -> bool:
         for siblings, name, child, kind in self.called:
             if siblings.get(name) is not child or child.__class__ is not kind or _is_hooked(child.__dict__):
                 return False
-        attributes = module.__dict__
-        for name, value in self.read:
+        for of, name, value in self.read:
+            attributes = module.__dict__ if of is None else of.__dict__
             now = attributes.get(name, attributes)
-            if now is not value and now != value:
+            if now is not value and not same(now, value):
                 return False
-        for condition, child in self.required:
-            if not condition(child):
+        for condition, of in self.required:
+            if not condition(module if of is None else of):
                 return False
         return not _is_hooked_everywhere()
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether it can be compared with what is there later, and cannot be changed in place."""
-    if isinstance(value, tuple):
-        return all(_is_plain(element) for element in value)
-    return value is None or isinstance(value, bool | int | float | str | FunctionType | BuiltinFunctionType)
 
 
 def _is_hooked(of: dict[str, Any]) -> bool:
@@ -217,23 +222,36 @@ class _Unfused:
 # ---- the graph
 
 
-class _ChildrenAreLeaves(Tracer):
-    def is_leaf_module(self, module, name):
-        return True
+class _Trace(NamedTuple):
+    """The graph of a module's forward, the arguments that it is called with, and what it is true for."""
+
+    graph: fx.Graph
+    names: tuple[str, ...]
+    children: dict[tuple, tuple]
+    values: dict[tuple, tuple]
+    required: dict[tuple, tuple]
 
 
-def _trace(module: nn.Module) -> fx.Graph | None:
-    """The graph of a module's forward; None where there is none, or not the same in training and evaluation."""
-    mode, graphs = module.training, []
+def _trace(module: nn.Module) -> _Trace | None:
+    """None where there is no graph, or not the same in training and evaluation."""
+    mode, tracers = module.training, []
     try:
         for module.training in (True, False):
-            graphs.append(_ChildrenAreLeaves().trace(module))
+            tracers.append(FaithfulTracer())
+            tracers[-1].trace(module)
     except Exception:  # anything a user's forward can raise when it is traced
         return None
     finally:
         module.training = mode
-    first, second = ([(node.op, node.target, str(node.args)) for node in graph.nodes] for graph in graphs)
-    return graphs[0] if first == second else None
+    first, second = tracers
+    if _described(first.graph) != _described(second.graph):
+        return None
+    noted = (getattr(first, name) | getattr(second, name) for name in ("children", "values", "required"))
+    return _Trace(first.graph, first.names, *noted)
+
+
+def _described(graph: fx.Graph) -> list[tuple]:
+    return [(node.op, node.target, str(node.args), str(node.kwargs)) for node in graph.nodes]
 
 
 # ---- batch norm, add and ReLU

@@ -1,13 +1,22 @@
 """fuse: which chains are found, that they compute the same, and that modules stay what they were."""
 
+import contextlib
 import copy
+import cProfile
+import functools
+import gc
 import io
 import pickle
+import random
 import threading
+import time
+import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.utils.prune
+import torch.utils.checkpoint
 import torchvision
 import torchvision.models.feature_extraction
 from torch import nn
@@ -222,6 +231,335 @@ def test_what_follows_a_batch_norm(tail, chain):
     x = torch.randn(3, 4, 5, 5)
     for mode in (True, False):
         torch.testing.assert_close(fused.train(mode)(x), plain.train(mode)(x))
+
+
+# ---- code that does something else in another run
+
+
+class Code(nn.Module):
+    """A stem that fuses, if what follows, which a test passes, is the same in every run."""
+
+    factor = 1.0
+
+    def __init__(self, tail, body=None):
+        super().__init__()
+        self.conv, self.norm, self.out = gk.FastSlimConv2d(3, 4, 1), gk.SlimBatchNorm2d(4), gk.FastSlimConv2d(4, 2, 1)
+        self.acts, self.flag = nn.ModuleList([nn.Identity()]), False
+        self.scale, self._scale, self.options, self.sizes = 1.0, 1.0, {"scale": 1.0}, [1]
+        self.feature, self.features, self.calls = None, [], 0
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("shift", torch.ones(()))
+        self.tail = tail
+        if body is not None:
+            self.body = body
+
+    def body(self, model, x):
+        return F.relu(model.norm(model.conv(x)))
+
+    def forward(self, x, doubled=False):
+        y = self.out(self.body(self, x))
+        if doubled:
+            y = y * 2
+        return self.tail(self, y)
+
+    def helped(self, y):
+        return y * self.scale
+
+    @property
+    def scaled(self):
+        return self.scale * 2
+
+
+class Settings:
+    scale = 1.0
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -grad
+
+
+SCALE = 1.0
+OPTIONS = {"scale": 1.0}
+GENERATOR = np.random.default_rng(0)
+
+
+def relu_without_gradient(m, x):
+    with torch.no_grad():
+        return F.relu(m.norm(m.conv(x)))
+
+
+def relu_with_gradient_disabled(m, x):
+    with torch.set_grad_enabled(False):
+        return F.relu(m.norm(m.conv(x)))
+
+
+@torch.no_grad()
+def relu_decorated(m, x):
+    return F.relu(m.norm(m.conv(x)))
+
+
+def relu_in_full_precision(m, x):
+    with torch.autocast("cpu", enabled=False):
+        return F.relu(m.norm(m.conv(x.float())))
+
+
+def relu_checkpointed(m, x):
+    return torch.utils.checkpoint.checkpoint(lambda x: F.relu(m.norm(m.conv(x))), x, use_reentrant=False)
+
+
+def store(m, y):
+    m.feature = y
+    return y
+
+
+def append(m, y):
+    m.features.append(y)
+    return y
+
+
+def count(m, y):
+    m.calls += 1
+    return y * m.calls
+
+
+def count_in_class(m, y):
+    Settings.calls = getattr(Settings, "calls", 0) + 1
+    return y
+
+
+def count_in_buffer(m, y):
+    m.count.add_(1)
+    return y * m.count
+
+
+def fall_back(m, y):
+    try:
+        return y * 2 if y.mean() > 0 else y * 3
+    except Exception:
+        return y
+
+
+def run_through(m, y):
+    for act in m.acts:
+        y = act(y)
+    return y
+
+
+def set_scale(m, patch):
+    m.scale = 3.0
+
+
+def twice(scale):
+    return lambda m, y: y * scale["scale"]
+
+
+# What follows the stem, what happens after fusing, and whether the stem is fused before that.
+CODES = {
+    "dropout": (lambda m, y: F.dropout(y, p=0.5, training=m.training), None, False),
+    "dropout by position": (lambda m, y: F.dropout(y, 0.5, m.training), None, False),
+    "dropout of channels": (lambda m, y: F.dropout2d(y, training=m.training), None, False),
+    "a keyword": (lambda m, y: F.leaky_relu(y - 1, negative_slope=0.5 if m.training else 0.1), None, False),
+    "a factor": (lambda m, y: torch.add(y, y.detach(), alpha=2 if m.training else 3), None, False),
+    "gradients": (lambda m, y: y * 2 if torch.is_grad_enabled() else y, None, False),
+    "inference mode": (lambda m, y: y * 2 if torch.is_inference_mode_enabled() else y, None, False),
+    "autocast": (lambda m, y: y * 2 if torch.is_autocast_enabled("cpu") else y, None, False),
+    "random": (lambda m, y: y * 3 if m.training and random.random() < 0.5 else y, None, False),
+    "random of torch": (lambda m, y: y * 3 if torch.rand(1).item() < 0.5 else y, None, False),
+    "random of torch, as a tensor": (lambda m, y: y * torch.rand(2, 1, 1), None, False),
+    "random of NumPy": (lambda m, y: y * 3 if np.random.rand() < 0.5 else y, None, False),
+    "random of a generator": (lambda m, y: y * 3 if GENERATOR.random() < 2 else y, None, False),
+    "the time": (lambda m, y: y * 3 if time.monotonic() > 0 else y, None, False),
+    "the mode of a layer": (lambda m, y: y * 3 if m.norm.training else y, None, True),
+    "the mode of a layer, changed": (
+        lambda m, y: y * 3 if m.norm.training else y,
+        lambda m, patch: m.norm.eval(),
+        True,
+    ),
+    "an attribute": (lambda m, y: y * m.scale, set_scale, True),
+    "a private attribute": (lambda m, y: y * m._scale, lambda m, patch: setattr(m, "_scale", 3.0), True),
+    "an attribute by its name": (lambda m, y: y * getattr(m, "scale"), set_scale, True),  # noqa: B009
+    "all attributes": (lambda m, y: y * vars(m)["scale"], set_scale, False),
+    "an attribute that is not there": (
+        lambda m, y: y * (m.late if hasattr(m, "late") else 1),
+        lambda m, patch: setattr(m, "late", 3.0),
+        True,
+    ),
+    "an attribute of a layer": (lambda m, y: y * m.norm.eps, lambda m, patch: setattr(m.norm, "eps", 0.5), True),
+    "a method": (lambda m, y: m.helped(y), set_scale, True),
+    "a method, replaced": (
+        lambda m, y: m.helped(y),
+        lambda m, patch: patch.setattr(Code, "helped", lambda m, y: y * 3),
+        True,
+    ),
+    "a method, hidden": (lambda m, y: m.helped(y), lambda m, patch: setattr(m, "helped", lambda y: y * 3), True),
+    "a property": (lambda m, y: y * m.scaled, set_scale, True),
+    "a dictionary": (lambda m, y: y * m.options["scale"], lambda m, patch: m.options.update(scale=3.0), False),
+    "a list": (lambda m, y: y * m.sizes[0], lambda m, patch: m.sizes.insert(0, 3), False),
+    "a list's length": (lambda m, y: y * len(m.sizes), lambda m, patch: m.sizes.append(3), False),
+    "a list of modules": (run_through, lambda m, patch: m.acts.append(nn.Tanh()), True),
+    "the number of modules": (lambda m, y: y * len(m.acts), lambda m, patch: m.acts.append(nn.Tanh()), True),
+    "a class attribute": (lambda m, y: y * m.factor, lambda m, patch: patch.setattr(Code, "factor", 3.0), True),
+    "a class attribute, hidden": (lambda m, y: y * m.factor, lambda m, patch: setattr(m, "factor", 3.0), True),
+    "an attribute of the class": (
+        lambda m, y: y * type(m).factor,
+        lambda m, patch: patch.setattr(Code, "factor", 3.0),
+        False,
+    ),
+    "an attribute of another class": (
+        lambda m, y: y * Settings.scale,
+        lambda m, patch: patch.setattr(Settings, "scale", 3.0),
+        True,
+    ),
+    "a global variable": (lambda m, y: y * SCALE, lambda m, patch: patch.setitem(globals(), "SCALE", 3.0), True),
+    "a global dictionary": (
+        lambda m, y: y * OPTIONS["scale"],
+        lambda m, patch: patch.setitem(OPTIONS, "scale", 3.0),
+        False,
+    ),
+    "a dictionary of the function around": (
+        twice(OPTIONS),
+        lambda m, patch: patch.setitem(OPTIONS, "scale", 3.0),
+        False,
+    ),
+    "a bound function": (functools.partial(lambda m, y, scale: y * scale, scale=3), None, False),
+    "an argument": (lambda m, y: y * 2 if m.flag is True else y, lambda m, patch: setattr(m, "flag", True), False),
+    "the class of an attribute": (lambda m, y: y * 2 if isinstance(m.acts[0], nn.Identity) else y, None, True),
+    "the class of a value": (lambda m, y: y * 2 if isinstance(y, torch.Tensor) else y, None, False),
+    "the type of a value": (lambda m, y: y * 2 if type(y) is torch.Tensor else y, None, False),
+    "the data type of a value": (lambda m, y: y * 2 if y.dtype is torch.float32 else y, None, False),
+    "what a value has": (lambda m, y: y * 2 if hasattr(y, "late") else y, None, False),
+    "the gradient function": (lambda m, y: y * 2 if y.grad_fn is None else y, None, False),
+    "an exception": (fall_back, None, False),
+    "a stored value": (store, None, False),
+    "an appended value": (append, None, False),
+    "a counter": (count, None, False),
+    "a counter in a class": (count_in_class, None, False),
+    "a counter in a buffer": (count_in_buffer, None, True),
+    "a buffer": (lambda m, y: y * (m.shift + m.count), lambda m, patch: m.shift.fill_(3), True),
+    "a reversed gradient": (lambda m, y: Reversed.apply(y), None, False),
+    "nothing": (lambda m, y: y, None, True),
+}
+BODIES = {
+    "no_grad": relu_without_gradient,
+    "set_grad_enabled": relu_with_gradient_disabled,
+    "no_grad around a function": relu_decorated,
+    "autocast": relu_in_full_precision,
+    "checkpoint": relu_checkpointed,
+}
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_code_that_does_something_else_in_another_run(name, monkeypatch):
+    tail, change, is_fused = CODES[name]
+    compare_runs(Code(tail), is_fused, change and functools.partial(change, patch=monkeypatch))
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_contexts_around_fused_layers(name):
+    compare_runs(Code(lambda m, y: y, BODIES[name]), is_fused=False)
+
+
+def compare_runs(plain, is_fused, change=None):
+    """Outputs, gradients, buffers and what is stored, of a module and of its fused copy."""
+    torch.manual_seed(0)
+    fused = gk.fuse(copy.deepcopy(plain))
+    assert (gk.fused_chains(fused) == {"norm": INNER}) == is_fused
+    assert (fused.features, fused.feature, fused.calls, fused.count.item()) == ([], None, 0, 0), "tracing wrote it"
+    contexts = [contextlib.nullcontext, torch.no_grad, torch.inference_mode]
+    contexts.append(lambda: torch.autocast("cpu", torch.bfloat16))
+    for step in (lambda model: None, change or (lambda model: None)):
+        for model in (plain, fused):
+            step(model)
+        for mode in (True, False):
+            for context in contexts:
+                compare_run(plain.train(mode), fused.train(mode), context)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(fused.state_dict()[name], value)
+    written = [(model.calls, len(model.features), type(model.feature)) for model in (plain, fused)]
+    assert written[0] == written[1]
+
+
+def compare_run(plain, fused, context):
+    results = []
+    for model in (plain, fused):
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+        model.zero_grad(set_to_none=True)
+        for argument in ((), (False,), (True,)):
+            with context():
+                y = model(torch.randn(2, 3, 4, 4, requires_grad=True), *argument)
+            if y.requires_grad:
+                y.square().sum().backward()
+            results.append((y, {name: p.grad for name, p in model.named_parameters()}))
+    for (y, expected), (z, grads) in zip(results[:3], results[3:], strict=True):
+        tolerance = {"rtol": 0.02, "atol": 0.02} if y.dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(z, y, **tolerance)
+        for name, grad in expected.items():
+            assert (grads[name] is None) == (grad is None), name
+            if grad is not None:
+                torch.testing.assert_close(grads[name], grad, **tolerance)
+
+
+def test_arguments_by_default_and_by_name():
+    """`flag is True` of a value that stands for an argument is False."""
+
+    class Doubling(Code):
+        def forward(self, x, doubled=False, residual=None):
+            y = self.norm(self.conv(x)).relu()
+            y = self.out(y)
+            if residual is not None:
+                y = y + residual
+            return y * 2 if doubled else y
+
+    torch.manual_seed(0)
+    plain = Doubling(None).eval()
+    fused, x = gk.fuse(copy.deepcopy(plain)), torch.randn(2, 3, 4, 4)
+    assert gk.fused_chains(fused) == {"norm": INNER}
+    for arguments in ({}, {"doubled": True}, {"residual": torch.ones(2, 2, 4, 4)}, {"doubled": torch.tensor(True)}):
+        torch.testing.assert_close(fused(x, **arguments), plain(x, **arguments))
+        torch.testing.assert_close(fused(x=x, **arguments), plain(x=x, **arguments))
+    torch.testing.assert_close(fused(x, True), plain(x, True))
+
+
+def test_a_fused_module_is_freed_at_once():
+    model = gk.fuse(Code(lambda m, y: m.helped(y) * m._scale * m.factor * SCALE))
+    assert gk.fused_chains(model) == {"norm": INNER}
+    reference = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
+def test_a_sequential_that_grows():
+    plain, converted = block(), gk.convert(block())
+    for model in (plain, converted):
+        model.append(nn.Tanh())
+    x = torch.randn(2, 3, 6, 6)
+    torch.testing.assert_close(converted(x), plain(x))
+
+
+def test_profilers_go_on():
+    profiler = cProfile.Profile()
+    profiler.enable()
+    model = gk.convert(block())
+    assert is_training(model)
+    profiler.disable()
+    assert any(entry.code is is_training.__code__ for entry in profiler.getstats())
+    assert gk.fused_chains(model) == FUSED
+    assert "__getattribute__" not in vars(nn.Module)
+
+
+def is_training(model):
+    return model.training
 
 
 # ---- what is done to a model after its conversion
