@@ -117,8 +117,6 @@ def check_gradient_buffer(weight_grad: Tensor, weight: Tensor) -> None:
         raise ValueError("weight_grad must be memory of its own, got the imaginary part of a conjugate")
     if torch._C._is_alias_of(weight_grad, weight):
         check_written("weight_grad", weight_grad, weight=weight)
-    if torch.is_grad_enabled() and not weight.requires_grad:
-        raise ValueError("weight must require a gradient where weight_grad is a buffer for it, got one that does not")
 
 
 def bias_grad(dy: Tensor, channel_dim: int, size: int) -> Tensor:

@@ -347,8 +347,8 @@ def slim_conv2d(
         stride, padding, dilation: in pixels, one integer or (vertical, horizontal).
         groups: groups of the sub-network; divides C and out_channels.
         weight_grad: [O, I / G, KH, KW], any floating dtype: the backward pass adds the weight's gradient to its slice,
-            and autograd gets none. Of a parameter, which requires a gradient, that is its .grad. weight, which may be a
-            low-precision copy, must still require a gradient.
+            and autograd gets none. Of a parameter, which requires a gradient, that is its .grad. For a weight,
+            which may be a low-precision copy, that requires none, nothing is added.
 
     Returns:
         [N, out_channels, OH, OW], dtype and memory format of x.

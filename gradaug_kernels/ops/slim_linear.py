@@ -244,8 +244,8 @@ def slim_linear(
         bias: [O] or None, dtype of x, or float32 on the CPU.
         out_features: output features of the sub-network, at most O; None is O.
         weight_grad: [O, I], any floating dtype: the backward pass adds the weight's gradient to its slice, and
-            autograd gets none. Of a parameter, which requires a gradient, that is its .grad. weight, which may be a
-            low-precision copy, must still require a gradient.
+            autograd gets none. Of a parameter, which requires a gradient, that is its .grad. For a weight,
+            which may be a low-precision copy, that requires none, nothing is added.
 
     Returns:
         [..., out_features], dtype of x.

@@ -60,7 +60,7 @@ def fuse(model: nn.Module, recompute: bool = False) -> nn.Module:
         The same model.
     """
     for module in reversed(list(model.modules())):  # inner ones first: fusing changes the class that outer ones note
-        if not isinstance(module, _Fused) and _batch_norms(module):
+        if not isinstance(module, Fused) and _batch_norms(module):
             _fuse_module(module, recompute)
     return model
 
@@ -72,7 +72,7 @@ def fused_chains(model: nn.Module) -> dict[str, str]:
     """
     chains = {name: "batch_norm" for name, module in model.named_modules() if isinstance(module, SlimBatchNorm2d)}
     for name, module in model.named_modules():
-        if isinstance(module, _Fused) and module._traced.is_still_true(module):
+        if isinstance(module, Fused) and module._traced.is_still_true(module):
             for child, chain in module._chains.items():
                 chains[f"{name}.{child}" if name else child] = chain
     return chains
@@ -80,7 +80,7 @@ def fused_chains(model: nn.Module) -> dict[str, str]:
 
 def saves_memory(model: nn.Module) -> bool:
     """Whether it was fused with `recompute`."""
-    return any(isinstance(module, _Fused) and module._recompute for module in model.modules())
+    return any(isinstance(module, Fused) and module._recompute for module in model.modules())
 
 
 def _batch_norms(module: nn.Module) -> set[str]:
@@ -110,7 +110,7 @@ def _fuse_module(module: nn.Module, recompute: bool) -> None:
 
     module.__dict__.update(_traced=traced, _chains=chains, _recompute=recompute)
     module.__class__ = type(
-        original.__name__, (_Fused, original), {"forward": forward, "_original": original, "__doc__": original.__doc__}
+        original.__name__, (Fused, original), {"forward": forward, "_original": original, "__doc__": original.__doc__}
     )
 
 
@@ -185,7 +185,7 @@ def _is_hooked_everywhere() -> bool:
     )
 
 
-class _Fused:
+class Fused:
     """Mixed into the class of a module with a rewritten forward, which pickles make again."""
 
     def __deepcopy__(self, memo):

@@ -63,7 +63,7 @@ def _as_one_call(layer: nn.Module, x: fx.Proxy, *args) -> fx.Proxy:
     return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x, *args), {})
 
 
-_HOOKS = (
+HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
     *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
@@ -73,7 +73,7 @@ _HOOKS = (
 
 def carry_over_hooks(source: nn.Module, target: nn.Module) -> None:
     """Give `target`, made in place of `source`, the hooks of `source`; the handles that remove them stay valid."""
-    _set(target, **{name: source.__dict__[name] for name in _HOOKS})
+    _set(target, **{name: source.__dict__[name] for name in HOOKS})
     for hook in target._load_state_dict_pre_hooks.values():
         if getattr(hook, "with_module", False):  # torch.nn binds these to their module
             hook.module = weakref.ref(target)

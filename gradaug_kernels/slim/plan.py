@@ -28,8 +28,8 @@ from .follow import (
     place_of_error,
     without_data,
 )
-from .fuse import _Fused
-from .layers import _HOOKS, FastSlimConv2d, SlimBatchNorm2d, SlimLinear
+from .fuse import Fused
+from .layers import HOOKS, FastSlimConv2d, SlimBatchNorm2d, SlimLinear
 
 PROVEN_WIDTHS = (0.5, 0.7)  # each leaves every layer a channel, and odd numbers of them
 _GRID = 256  # widths at which comparisons of numbers of channels must turn out alike
@@ -184,10 +184,10 @@ def _shadow(model: nn.Module) -> nn.Module:
         elif isinstance(value, Tensor):
             result = torch.empty_like(value, device="meta")
         elif isinstance(value, nn.Module):
-            result = object.__new__(kind._original if issubclass(kind, _Fused) else kind)  # with its own forward
+            result = object.__new__(kind._original if issubclass(kind, Fused) else kind)  # with its own forward
             copies[id(value)] = (result, value)
             for key, attribute in vars(value).items():
-                without = key in _HOOKS and isinstance(attribute, dict)
+                without = key in HOOKS and isinstance(attribute, dict)
                 vars(result)[key] = type(attribute)() if without else copied(attribute)
             return result
         elif kind in (list, set):
