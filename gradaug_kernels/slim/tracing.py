@@ -7,6 +7,7 @@ entered with the names that it loads, and each function written in C before that
 
 import dis
 import functools
+import gc
 import inspect
 import math
 import operator
@@ -228,7 +229,8 @@ class _Watch(TorchFunctionMode):
 
     def call(self, function: Callable, args: tuple) -> Any:
         writers = {name: vars(nn.Module)[name] for name in ("__setattr__", "__delattr__")}
-        profiler = sys.getprofile()
+        profiler, collects = sys.getprofile(), gc.isenabled()
+        gc.disable()  # finalizers and callbacks of weak references are no calls of the module
         nn.Module.__getattribute__, nn.Module.__setattr__, nn.Module.__delattr__ = self._accessors(**writers)
         try:
             with self:
@@ -241,6 +243,8 @@ class _Watch(TorchFunctionMode):
             del nn.Module.__getattribute__
             nn.Module.__setattr__, nn.Module.__delattr__ = writers.values()
             self.c_function = None
+            if collects:
+                gc.enable()
             if hasattr(profiler, "enable"):  # cProfile's, which is no function
                 profiler.enable()
             else:

@@ -6,6 +6,7 @@ import cProfile
 import functools
 import gc
 import io
+import os
 import pickle
 import random
 import threading
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 
 import gradaug_kernels as gk
 from gradaug_kernels.models import build_model
+from gradaug_kernels.slim.fuse import Fused
 
 INNER = "batch_norm + relu + convolution"
 
@@ -868,3 +870,26 @@ def test_threads_run_one_model_while_others_are_converted():
         thread.join()
     assert not wrong
     assert torch.equal(model(x), expected)
+
+
+def test_garbage_is_not_the_code_of_a_module():
+    """What a collection runs (finalizers, callbacks of weak references) neither raises nor keeps a module unfused."""
+
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+            self.reference = weakref.ref(self, lambda _: open(os.devnull).close())
+
+        def __del__(self):
+            torch.rand(1)
+
+    before = gc.get_threshold()
+    try:
+        gc.set_threshold(1)
+        for _ in range(100):
+            Cycle()
+        model = gk.convert(torchvision.models.resnet18(num_classes=10))
+    finally:
+        gc.set_threshold(*before)
+    assert gc.isenabled()
+    assert isinstance(model.layer1[0], Fused)
