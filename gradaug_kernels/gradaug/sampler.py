@@ -89,7 +89,7 @@ class RandomWidth:
 
 
 class RandomLayerWidth:
-    """A width of its own for every class of layers that share channels (`channels.channel_classes`).
+    """A width of its own for every class of layers that share channels (`slim.channel_classes`).
 
     Layers whose outputs are added or multiplied, and the batch norms after them, are one class. A sub-network is a
     tuple of widths, one per class in the order of the graph: of min_width throughout, and of uniform draws from
@@ -140,7 +140,7 @@ class ChannelDraw(NamedTuple):
 class RandomChannels:
     """Random channels, in place of the first ones, of the widths that another sampler draws.
 
-    Layers that share channels (`channels.channel_classes`) keep the same ones, as many as at that width, whole groups
+    Layers that share channels (`slim.channel_classes`) keep the same ones, as many as at that width, whole groups
     of a grouped convolution. Each pass gathers its weights and scatters their gradients, which the first channels do
     not need. A width then stands for no single sub-network, so none has private batch-norm statistics in training:
     sub-networks use their batch's and store nothing.

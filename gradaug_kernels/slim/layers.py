@@ -141,7 +141,7 @@ class FastSlimConv2d(nn.Conv2d):
 
     The weight is stored NHWC (channels_last), the layout the kernels read in place; the output then is NHWC as well.
     `state_dict` gives that memory, as of every module, so that what is written there is written to the weight; and
-    safetensors saves it (`state.ChannelsLastWeight`). `load_state_dict` keeps the weight NHWC.
+    safetensors saves it (`state_dict.ChannelsLastWeight`). `load_state_dict` keeps the weight NHWC.
 
     Shape:
         input [N, C, H, W], C at most in_channels, and in_channels at width 1; output [N, out, OH, OW]. Either may be

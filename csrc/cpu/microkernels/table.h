@@ -43,7 +43,7 @@ struct OuterTile {
   int columns;       // of b: 1 to panel
 };
 
-// The transforms of conv/winograd.cpp, for tiles of m x m outputs and n x n inputs. Places of a tile and taps of a
+// The transforms of conv/winograd.h, for tiles of m x m outputs and n x n inputs. Places of a tile and taps of a
 // kernel are `tap` floats apart, row by row; whole vectors are read and written but where n elements are named.
 struct WinogradKernels {
   int outputs, inputs;  // m, n = m + 2

@@ -1,4 +1,4 @@
-// The transforms of conv/winograd.cpp, for any vector type S (simd/) and tile F. One call reads a tile of every channel
+// The transforms of conv/winograd.h, for any vector type S (simd/) and tile F. One call reads a tile of every channel
 // (or one weight) once, keeps a vector of channels of all its places in registers, and writes each place once.
 #pragma once
 
