@@ -56,6 +56,27 @@ def pip_cuda_folders() -> tuple[list[str], list[str]]:
     return includes, libraries
 
 
+def cuda_folders(nvcc: str, cuda_home: str) -> tuple[list[str], list[str]] | None:
+    """Headers and libraries beside those that nvcc finds itself; None where the ones that torch needs are missing.
+
+    The C++ library of a toolkit refuses the headers of another release.
+    """
+    includes, libraries = pip_cuda_folders()
+    if cudart_version(includes) in (None, nvcc):
+        return includes, libraries
+    own = [Path(cuda_home, "include", header) for header in ("cublas_v2.h", "cusparse.h", "cusolverDn.h")]
+    return ([], []) if all(header.exists() for header in own) else None
+
+
+def cudart_version(includes: list[str]) -> str | None:
+    """'13.0' for the CUDA runtime's headers in one of the folders, None where there are none."""
+    for header in (Path(folder, "cuda_runtime_api.h") for folder in includes):
+        if header.exists():
+            number = int(re.search(r"#define CUDART_VERSION +(\d+)", header.read_text()).group(1))
+            return f"{number // 1000}.{number % 1000 // 10}"
+    return None
+
+
 def toolkit_libraries(cuda_home: str) -> list[str]:
     """Where nvcc itself links cudart from. The nvcc under cuda_home may be a link or a script that calls another."""
     nvcc = Path(cuda_home, "bin", "nvcc")
@@ -77,6 +98,12 @@ def why_no_cuda() -> str | None:
         return f"torch {torch.__version__} is a CPU build"
     if found.split(".")[0] != torch.version.cuda.split(".")[0]:
         return f"nvcc is CUDA {found}, torch {torch.__version__} was built with CUDA {torch.version.cuda}"
+    if cuda_folders(found, CUDA_HOME) is None:
+        theirs = cudart_version(pip_cuda_folders()[0])
+        return (
+            f"nvcc is CUDA {found} without cuBLAS, cuSPARSE and cuSOLVER headers, and those that torch "
+            f"{torch.__version__} brings are of CUDA {theirs}"
+        )
     return None
 
 
@@ -114,7 +141,7 @@ def native_extensions():
         raise SystemExit(f"GRADAUG_BUILD_CUDA=1 asks for the CUDA extension, but {reason}")
     if reason is None:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
-        includes, libraries = pip_cuda_folders()
+        includes, libraries = cuda_folders(nvcc_version(CUDA_HOME), CUDA_HOME)
         nvcc = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo"]
         extensions.append(
             CUDAExtension(
@@ -182,4 +209,5 @@ def main():
     setup(ext_modules=extensions, cmdclass=commands(extensions, config))
 
 
-main()
+if __name__ == "__main__":
+    main()

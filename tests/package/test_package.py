@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -317,3 +318,18 @@ def test_kept_libraries_are_taken_and_the_oldest_forgotten(built_libraries, monk
     assert library.read_text() == "5"
     monkeypatch.setenv("GRADAUG_BUILD_CACHE", "0")
     assert built_libraries.cache_folder() is None
+
+
+def test_headers_of_another_cuda_release_are_not_mixed_in(tmp_path, monkeypatch):
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    toolkit, pip = tmp_path / "toolkit", tmp_path / "pip" / "include"
+    for folder in (toolkit / "include", pip):
+        folder.mkdir(parents=True)
+    (pip / "cuda_runtime_api.h").write_text("#define CUDART_VERSION  13020\n")
+    monkeypatch.setitem(setup["cuda_folders"].__globals__, "pip_cuda_folders", lambda: ([str(pip)], ["libraries"]))
+    assert setup["cuda_folders"]("13.2", str(toolkit)) == ([str(pip)], ["libraries"])
+    assert setup["cuda_folders"]("13.0", str(toolkit)) is None
+    for header in ("cublas_v2.h", "cusparse.h", "cusolverDn.h"):
+        (toolkit / "include" / header).touch()
+    assert setup["cuda_folders"]("13.0", str(toolkit)) == ([], [])
+    assert setup["cudart_version"]([str(tmp_path)]) is None
