@@ -175,10 +175,10 @@ def check_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, trained:
 
     Those have no gradient; where all have one, the model, which takes a while, is not looked at.
     """
-    held = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     without = {parameter for parameter in held if parameter.grad is None and parameter.requires_grad} & trained
     lost = without.difference(model.parameters()) if without else without
-    if lost:
+    if lost and not {parameter for parameter in model.parameters() if parameter.requires_grad}.issubset(held):
         raise ValueError(
             f"optimizer must hold the model's parameters, got {len(lost)} that the model has no longer; make it after "
             "what replaces parameters, such as load_state_dict(assign=True)"

@@ -28,8 +28,8 @@ def convert(
     buffers are the same objects, so an optimizer made before stays valid; convolution weights become channels_last.
     At width 1 the model computes what it did before and has the same state_dict (and private statistics for the other
     `widths`). At width w it is the network of the first channels of every layer, which neither make nor read the
-    others. Layers whose output leaves the network keep all their outputs at every width, and so do
-    those that share channels with them; `summary` tells which.
+    others. Layers whose output leaves the network keep all their outputs at every width, and so do those that share
+    channels with them; `summary` tells which.
 
     Whether that is so is found out before anything is changed. A copy of the model without data (on the meta device)
     runs once at full width, in training and in evaluation, which tells who shares channels with whom, who must keep
@@ -37,10 +37,10 @@ def convert(
     a shuffle, a concatenation, a parameter of fixed size, a layer without counterpart, also in backward code of its own
     (autograd functions, hooks of tensors). Then the sliced copy runs at two smaller widths and at `widths`, which must
     do the same, each layer as narrow as it should be; where the code compares numbers of channels, the answer must be
-    that of all widths. Whatever does not fit is refused with the layer and the line of code, and the model is as it
-    was. Not looked at are hooks of modules, which are carried over, and code that does something else for another size
-    of the batch or the image than that of the example, or on another device. Layers that the model never calls stay
-    what they are.
+    that of all widths from 0.1 on (of what int(), range() or a logarithm makes of one, that of the widths run).
+    Whatever does not fit is refused with the layer and the line of code, and the model is as it was. Not looked at are
+    hooks of modules, which are carried over, and code that does something else for another size of the batch or the
+    image than that of the example, or on another device. Layers that the model never calls stay what they are.
 
     A converted model is converted again to give its batch norms more `widths`, or where plain layers have been added.
 

@@ -12,7 +12,7 @@ import copy
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -277,6 +277,8 @@ def _join_adds_and_relus(graph: fx.Graph, module: nn.Module) -> Iterator[tuple[f
         if len(chained) == 1:
             continue
         last = chained[-1]
+        if _written_in_place_between(node, last, module, but=chained):
+            continue
         with graph.inserting_before(last):
             fused = graph.call_module(node.target, (node.args[0], residual, relu))
         last.replace_all_uses_with(fused)
@@ -388,10 +390,11 @@ def _norm_arguments(node: fx.Node) -> tuple:
     return node.args if len(node.args) == 3 else (node.args[0], None, False)
 
 
-def _written_in_place_between(first: fx.Node, last: fx.Node, module: nn.Module) -> bool:
-    """Whether a call between the two writes in place: the chain reads its input where its last layer stood."""
-    node = first.next
-    while node is not last:
+def _written_in_place_between(first: fx.Node, last: fx.Node, module: nn.Module, but: Sequence[fx.Node] = ()) -> bool:
+    """Whether a call between the two writes in place: what is fused reads its input where its last layer stood."""
+    for node in _between(first, last):
+        if node in but:
+            continue
         in_place = node.kwargs.get("inplace", False)
         if node.op == "call_module":
             in_place = in_place or getattr(module.get_submodule(node.target), "inplace", False)
@@ -402,8 +405,14 @@ def _written_in_place_between(first: fx.Node, last: fx.Node, module: nn.Module) 
             in_place = in_place or (node.target.endswith("_") and node.target[:1] != "_")
         if in_place:
             return True
-        node = node.next
     return False
+
+
+def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    node = first.next
+    while node is not last:
+        yield node
+        node = node.next
 
 
 def _replace_chain(graph: fx.Graph, module: nn.Module, nodes: list[fx.Node], recompute: bool) -> dict[str, str]:

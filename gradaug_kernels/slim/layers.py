@@ -545,8 +545,10 @@ class SlimBatchNorm2d(nn.BatchNorm2d):
 
     def _origin(self, width: float) -> Origin | None:
         """What tells later whether training went on; None where nothing does."""
-        weight, names = self._parameters.get("weight"), (self._names[1.0][2], self._names[width][2])
-        return Origin(weight, *(getattr(self, name) for name in names)) if type(weight) is nn.Parameter else None
+        weight, (own_mean, _, own_batches) = self._parameters.get("weight"), self._names[width]
+        if type(weight) is not nn.Parameter:
+            return None
+        return Origin(weight, *(getattr(self, name) for name in (self._names[1.0][2], own_batches, own_mean)))
 
     def _note_origin(self, width: float) -> None:
         """Note that the statistics of a width are those of the present weights."""

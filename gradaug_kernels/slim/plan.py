@@ -33,6 +33,7 @@ from .layers import HOOKS, FastSlimConv2d, SlimBatchNorm2d, SlimLinear
 
 PROVEN_WIDTHS = (0.5, 0.7)  # each leaves every layer a channel, and odd numbers of them
 _GRID = 256  # widths at which comparisons of numbers of channels must turn out alike
+_LEAST_WIDTH = 0.1  # the least of them, unless one is asked for: below, all layers come down to one channel
 _LOCK = threading.Lock()  # the process has one state of Python's random numbers
 _SIZES = (224, 32, 28, 64, 299, 96, 128, 256, 160, 192, 48, 40, 24, 20, 16, 12, 10, 8, 6, 5, 4, 384, 320, 512)
 _SECONDS_OF_GUESSES = 2.0
@@ -279,7 +280,7 @@ class _Followed:
             except Stopped as error:
                 raise _NeedsValues(f"{error} at {place_of_error(error, self.names)}") from error
 
-    def _run(self, arguments: tuple, training: bool, answer, generators, narrow: dict | None = None, counts=None):
+    def _run(self, arguments: tuple, training: bool, answer, generators, narrow: dict | None = None, counted=None):
         generators.restart()
         key = (training, answer)
         follower = Follower(
@@ -290,10 +291,9 @@ class _Followed:
             **({} if narrow is None else {"expected": self.records[key], **narrow}),
         )
         modes = _set_modes(self.model, self.shadow, training)
-        counted = nullcontext() if counts is None else CountedSizes(follower, counts)
         with _handlers(self, follower, narrow is not None), modes, _autograd(training):
             try:
-                with follower, counted:
+                with follower, nullcontext() if counted is None else counted(follower):
                     outputs = self.shadow(*arguments)
                     if training:
                         with torch.no_grad():
@@ -477,14 +477,14 @@ class _Followed:
 
     def _prove_at(self, width: float, mode: tuple, grid: dict[float, dict[str, int]], generators) -> None:
         @functools.cache
-        def counts(source: str) -> tuple[tuple[int, ...], int]:
-            return tuple(found[source] for found in grid.values()), now
+        def counts(source: str) -> tuple[int, ...]:
+            return tuple(found[source] for found in grid.values())
 
-        now = list(grid).index(width)
+        counted = functools.partial(CountedSizes, counts=counts, now=list(grid).index(width))
         narrow = {"width_of": grid[width].__getitem__, "kept": self._kept_roots}
         training, answer = mode
         try:
-            leaves = self._run(self.arguments, training, answer, generators, narrow, counts)
+            leaves = self._run(self.arguments, training, answer, generators, narrow, counted)
         except (Differs, _Shapes, Stopped) as error:
             what = str(error)
             if not isinstance(error, _Shapes):
@@ -503,7 +503,9 @@ class _Followed:
     def _counts_at_every_width(self, slims: dict[str, nn.Module], widths: Iterable[float]) -> dict:
         """Width -> layer -> its output channels, for all the widths of a fine grid that leave every layer a channel."""
         grid = {}
-        for width in sorted({*PROVEN_WIDTHS, *widths, *(i / _GRID for i in range(1, _GRID + 1))}):
+        least = min(_LEAST_WIDTH, *widths) if widths else _LEAST_WIDTH
+        fine = (i / _GRID for i in range(1, _GRID + 1) if i / _GRID >= least)
+        for width in sorted({*PROVEN_WIDTHS, *widths, *fine}):
             try:
                 for slim in slims.values():
                     slim._set_width(width)

@@ -13,7 +13,8 @@ class Origin(NamedTuple):
 
     weight: Tensor
     num_batches: Tensor  # of width 1: counts on when the network is trained
-    own_num_batches: Tensor  # of that width
+    own_num_batches: Tensor  # of that width, and its running mean
+    own_mean: Tensor
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -25,6 +26,7 @@ class Origin(NamedTuple):
         """Whether, with the statistics of the width as they were, the norm was trained and its weight is another."""
         return (
             _same(self.own_num_batches, now.own_num_batches)
+            and _same(self.own_mean, now.own_mean)
             and not _same(self.num_batches, now.num_batches)
             and self.weight.shape == now.weight.shape
             and not _same(self.weight, now.weight)

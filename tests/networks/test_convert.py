@@ -358,7 +358,11 @@ class Backward(torch.autograd.Function):
         (Apply(lambda x: x * 2 if x.size(dim=1) % 3 == 0 else x), "compares 1 with 0, .* 0 with 0"),
         (Apply(lambda x: x * 2 if x.numel() < 300000 else x), "compares 401408 with 300000, .* 100352 with"),
         (Apply(lambda x: x * 2 if x.shape[1] / 8 < 0.25 else x), r"compares 0.5 with 0.25, .* 0.125 with 0.25"),
+        (Apply(lambda x: x * {8: 1, 3: 2}.get(x.shape[1], 1)), "compares 4 with 4, which"),
         (Apply(lambda x: x * {8: 1, 4: 1, 3: 2}.get(x.shape[1], 1)), "compares 4 with 4, which"),
+        (Apply(lambda x: x * 2 if round(x.shape[1] / 4) < 1 else x), "compares 1 with 1, .* 0 with 1"),
+        (Apply(lambda x: x * 2 if divmod(x.shape[1], 3)[1] == 2 else x), "compares 1 with 2, .* 2 with 2"),
+        (Apply(lambda x: x * 2 if x.shape[1] & 1 else x), "compares 0 with 0, .* 1 with 0"),
         (Apply(lambda x: x * float(max(x.shape[1], 6))), "compares 6 with 4, .* 6 with 8|compares 4 with 6, "),
         (Apply(lambda x: centred(x) if torch.is_grad_enabled() else x), "computes a mean over"),
         (Apply(lambda x: x if torch.is_grad_enabled() else centred(x)), "computes a mean over"),
@@ -596,6 +600,43 @@ def test_code_that_reads_the_parameters_of_sliced_layers(number, message):
         return
     with pytest.raises(ValueError, match=message):
         gk.convert(Reads())
+
+
+def test_sizes_pass_for_plain_ones_and_are_so_after_conversion():
+    seen, cached = [], {}
+
+    def look(x):
+        seen.append(x.shape)
+        cached.setdefault(x.shape, len(cached))
+        assert isinstance(x.shape, torch.Size)
+        assert x.shape[1:].numel() == x[0].numel()
+        ends = x.shape[:1], x.shape[1:]
+        assert ends[0] + ends[1] == x.shape
+        return x.reshape((2,) + x.shape[1:])  # noqa: RUF005, what torch.Size does
+
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), Apply(look), nn.Conv2d(8, 16, 1), Apply(look)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)),
+    )
+    gk.convert(model, widths=(0.25, 0.5), example=(2, 3, 8, 8))
+    assert {size[1] for size in seen} == {2, 4, 6, 8, 11, 16}
+    assert seen[-1] != torch.Size((2, 3, 4, 5))
+    assert all(size[1] * 2 > 1 and size[1] % 3 in (0, 1, 2) for size in (*seen, *cached))
+
+
+def test_layers_that_are_told_apart_by_their_channels_in_every_usual_width():
+    class Shortcut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
+            self.c, self.head = nn.Conv2d(16, 32, 1), nn.Linear(32, 5)
+
+        def forward(self, x):
+            x = self.a(x)
+            y = self.b(x)
+            return self.head((y + (self.c(x) if x.shape[1] != y.shape[1] else x)).mean((2, 3)))
+
+    assert gk.convert(Shortcut(), widths=(0.5, 0.9)).a.slim_out
 
 
 def test_an_image_is_guessed_whatever_layer_comes_first():

@@ -900,3 +900,34 @@ def test_garbage_is_not_the_code_of_a_module(threshold, monkeypatch):
     blocks = [module for module in model.modules() if isinstance(module, torchvision.models.resnet.BasicBlock)]
     assert len(blocks) == 8
     assert all(isinstance(block, Fused) for block in (model, *blocks))
+
+
+@pytest.mark.parametrize("write", ["mul_", "relu_", "imul", "module"])
+def test_what_is_written_between_a_norm_and_its_sum(write):
+    """The norm reads its input before that is written to."""
+
+    class Written(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.relu = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x):
+            y = self.conv(x)
+            out = self.norm(y)
+            if write == "mul_":
+                y.mul_(2)
+            elif write == "relu_":
+                y = F.relu_(y)
+            elif write == "imul":
+                y *= 3
+            else:
+                y = self.relu(y)
+            return self.head(F.relu(out + y).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Written().double().eval()
+    nn.init.uniform_(model.norm.running_mean)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.double)
+    expected = model(x)
+    torch.testing.assert_close(gk.convert(copy.deepcopy(model))(x), expected)

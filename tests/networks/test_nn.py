@@ -253,6 +253,25 @@ def test_calibration_that_is_interrupted_changes_nothing(error):
         evaluate(model, 0.7)
 
 
+def test_copied_statistics_are_those_of_the_weights_copied_with_them():
+    """As averages and broadcasts of a state_dict write them, value by value."""
+    torch.manual_seed(0)
+    norm = gk.SlimBatchNorm2d(4, widths=(0.5,))
+    peer, images = copy.deepcopy(norm), torch.randn(4, 4, 3, 3)
+    for one in (norm, peer):
+        gk.calibrate(one, [0.5], [(images[:, :2], None)])
+    norm.train()(images)
+    with torch.no_grad():
+        norm.weight.mul_(2)
+    gk.calibrate(norm, [0.5], [(images[:, :2] + 1, None)])
+    with torch.no_grad():
+        for copied, value in zip(peer.state_dict().values(), norm.state_dict().values(), strict=True):
+            copied.copy_(value)
+    gk.set_width(peer.eval(), 0.5)
+    gk.set_width(norm.eval(), 0.5)
+    assert torch.equal(peer(images[:, :2]), norm(images[:, :2]))
+
+
 def test_calibration_in_inference_mode_leaves_ordinary_tensors():
     model = network()
     with torch.inference_mode():

@@ -493,6 +493,19 @@ def test_a_criterion_with_a_margin_in_place():
 # ---- what is trained
 
 
+def test_a_layer_that_was_replaced_and_given_to_the_optimizer():
+    model = gk.convert(small_resnet())
+    optimizer = sgd(model)
+    step = gk.GradAug(model, optimizer, num_subnets=1)
+    batch = next(batches(1))
+    step(*batch)
+    model.fc.weight = nn.Parameter(model.fc.weight.detach().clone())
+    before = model.fc.weight.detach().clone()
+    optimizer.add_param_group({"params": [model.fc.weight]})
+    step(*batch)
+    assert not torch.equal(model.fc.weight, before)
+
+
 def test_parameters_that_were_replaced_are_noticed():
     model = gk.convert(small_resnet())
     optimizer = sgd(model)
